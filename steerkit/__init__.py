@@ -1,0 +1,46 @@
+"""Steer language models through one door: concepts in activation space, with a magnitude for each sample.
+
+    from steerkit import Concept, Controller
+
+    toxicity = Concept.fit("toxicity", model, tokenizer, positive=toxic_texts, negative=clean_texts)
+    with Controller(model, [toxicity.constrain(at_most=0.01)]):
+        model.generate(**inputs)
+
+Public names load on first use, so that `import steerkit` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from steerkit.activations import Activations as Activations
+    from steerkit.activations import record as record
+    from steerkit.concepts.concept import Concept as Concept
+    from steerkit.concepts.probe import Probe as Probe
+    from steerkit.controller import Controller as Controller
+    from steerkit.errors import SteerkitError as SteerkitError
+    from steerkit.intervention import Intervention as Intervention
+    from steerkit.loading import load as load
+
+_HOMES = {
+    "Activations": "activations",
+    "Concept": "concepts.concept",
+    "Controller": "controller",
+    "Intervention": "intervention",
+    "Probe": "concepts.probe",
+    "SteerkitError": "errors",
+    "load": "loading",
+    "record": "activations",
+}
+
+__all__ = ["Activations", "Concept", "Controller", "Intervention", "Probe", "SteerkitError", "load", "record"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'steerkit' has no attribute {name!r}")
+    return getattr(import_module(f"steerkit.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,259 @@
+"""Record the residual stream of a model over many texts: the only way in which steerkit reads a model.
+
+Texts run sorted by length, through the model's body only (the language-model head would write a vocabulary of logits
+for each position), and each block's hook keeps one row a text. Padding is put on the right by hand: in a causal model
+no real token sees it, positions need no correction, and the caller's tokenizer stays as it is.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from steerkit import storage
+from steerkit.errors import LayerError, TextsError
+from steerkit.model import Fingerprint, find_decoder, hidden_states_of, resolve_layers
+from steerkit.types import Layers, Text
+
+Read = Literal["last", "mean"]
+
+_TOKENS_A_BATCH = 2048
+"""Tokens, padding included, that run together by default: enough to fill the matmuls, little in memory."""
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Hidden states of texts at the output of decoder blocks, `activations[layer]`: float32 `"example d_model"`."""
+
+    states: Mapping[int, Tensor] = field(repr=False)
+    read: Read
+    fingerprint: Fingerprint | None = None
+    """The model they were recorded on."""
+    digests: tuple[str, ...] = field(default=(), repr=False)
+    """One digest a text: equal texts are known without keeping them."""
+
+    def __getitem__(self, layer: int) -> Tensor:
+        if layer not in self.states:
+            raise LayerError(f"Layer {layer} was not recorded. Found layers {self.layers}. Record it.", layer=layer)
+        return self.states[layer]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.states.values())))
+
+    def __repr__(self) -> str:
+        model = "" if self.fingerprint is None else f", model={self.fingerprint.name!r}"
+        return f"Activations({len(self)} texts, layers={self.layers}, read={self.read!r}{model})"
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The recorded layers, in order."""
+        return tuple(self.states)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file, atomically."""
+        tensors = {f"layer.{layer}": states for layer, states in self.states.items()}
+        header = {"name": "activations", "layers": list(self.layers), "read": self.read, "digests": list(self.digests)}
+        if self.fingerprint is not None:
+            header["base_model"] = self.fingerprint.header()
+            tensors["base_model.values"] = self.fingerprint.values
+        storage.write(path, "activations", header, tensors)
+
+    @classmethod
+    def from_stored(cls, stored: storage.Stored) -> "Activations":
+        """Rebuild from a file that `storage.read` has checked."""
+        layers = stored.entry("layers", list)
+        read = stored.entry("read", str)
+        if read not in ("last", "mean") or not layers or not all(isinstance(layer, int) for layer in layers):
+            raise stored.broken(f"read={read!r}, layers={layers!r:.60}")
+        states = {layer: stored.tensor(f"layer.{layer}", -1, -1) for layer in layers}
+        if len({tuple(s.shape) for s in states.values()}) != 1:
+            raise stored.broken("layers of different sizes")
+        digests = tuple(str(digest) for digest in stored.entry("digests", list))
+        return cls(states, read, stored_fingerprint(stored), digests)
+
+
+def record(
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[Text],
+    *,
+    layers: Layers | None = None,
+    read: Read = "last",
+    batch_size: int | None = None,
+    progress: bool = False,
+) -> Activations:
+    """Record the residual stream after decoder blocks, one vector a text and layer.
+
+    Reads what the next block would read: with a Controller attached, the steered state. The order of `texts` is kept,
+    and neither batching nor the tokenizer's padding side changes a value beyond rounding.
+
+    Args:
+        model: a causal language model, plain or PEFT-wrapped.
+        tokenizer: its tokenizer, with or without a pad token; it is not changed.
+        texts: strings, or conversations as lists of messages. The chat template is applied once. A conversation that
+            ends in a user turn is read at the generation prompt, one that ends in an assistant turn at its last
+            content token.
+        layers: decoder blocks; all by default.
+        read: `"last"`, the last token, or `"mean"`, the mean over the tokens.
+        batch_size: texts run together; by default as many as fit 2048 tokens.
+        progress: show a progress bar.
+
+    Returns:
+        `Activations`, float32 on the CPU.
+
+    Raises:
+        TextsError: no texts, something else than text, a text without tokens or longer than the model takes.
+        LayerError: a layer that does not exist.
+        UnsupportedModelError: a model that cannot be read.
+    """
+    if read not in ("last", "mean"):
+        raise TextsError(f"`read` must be 'last' or 'mean'. Found {read!r}. Choose one.")
+    if batch_size is not None and batch_size < 1:
+        raise TextsError(f"`batch_size` must be at least 1. Found {batch_size}. Leave it out for a good default.")
+    texts = checked_texts(texts, "texts")
+    decoder = find_decoder(model)
+    chosen = resolve_layers(layers, decoder.depth)
+    tokens = tokenise(tokenizer, texts)
+    limit = getattr(decoder.model.config, "max_position_embeddings", None)
+    for index, ids in enumerate(tokens):
+        if limit is not None and len(ids) > limit:
+            raise TextsError(
+                f"A text may have {limit} tokens on this model. Found {len(ids)} in text {index}. Shorten it.", index=index
+            )
+    order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]), reverse=True)
+    states = {layer: torch.empty(len(tokens), decoder.d_model) for layer in chosen}
+    device = decoder.model.get_input_embeddings().weight.device
+    device = torch.device("cpu") if device.type == "meta" else device
+    reader = _Reader(read)
+    with ExitStack() as stack, torch.no_grad():
+        for layer in chosen:
+            stack.callback(decoder.blocks[layer].register_forward_hook(reader.hook(layer)).remove)
+        bar = stack.enter_context(tqdm(total=len(texts), desc="recording", unit="text", disable=not progress))
+        for rows in _batches(order, [len(ids) for ids in tokens], batch_size):
+            ids, mask = _pad([tokens[i] for i in rows])
+            reader.mask = mask
+            decoder.body(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
+            for layer in chosen:
+                states[layer][rows] = reader.kept[layer]
+            bar.update(len(rows))
+    return Activations(states, read, Fingerprint.of(model), tuple(_digest(text) for text in texts))
+
+
+def stored_fingerprint(stored: storage.Stored) -> Fingerprint | None:
+    """Return the base model that a file names, if it names one."""
+    if "base_model" not in stored.header:
+        return None
+    return Fingerprint.from_parts(stored.header["base_model"], stored.tensor("base_model.values", -1, finite=False))
+
+
+class _Reader:
+    """Keeps one vector a row from each block's output."""
+
+    def __init__(self, read: Read) -> None:
+        self.read = read
+        self.mask = torch.empty(0)
+        self.kept: dict[int, Tensor] = {}
+
+    def hook(self, layer: int) -> Any:
+        def keep(module: nn.Module, args: tuple, output: Any) -> None:
+            hidden = hidden_states_of(output)
+            assert hidden is not None
+            mask = self.mask.to(hidden.device)
+            lengths = mask.sum(dim=-1)
+            if self.read == "last":
+                kept = hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1].float()
+            else:
+                kept = torch.einsum("bp,bpd->bd", mask.float(), hidden.float()) / lengths[:, None]
+            self.kept[layer] = kept.cpu()
+
+        return keep
+
+
+def checked_texts(texts: Sequence[Text], name: str) -> list[Text]:
+    """Return the texts as a list once each of them is known to be a text."""
+    if isinstance(texts, str | Mapping) or not isinstance(texts, Sequence):
+        raise TextsError(f"`{name}` must be a list of texts. Found {type(texts).__name__}. Wrap it in a list.")
+    if not texts:
+        raise TextsError(f"`{name}` must hold at least one text. Found none. Pass some.")
+    for index, text in enumerate(texts):
+        if isinstance(text, str):
+            continue
+        if isinstance(text, Mapping):
+            raise TextsError(
+                f"`{name}` must be a list of conversations. Found a message at its top level (entry {index}). "
+                "Wrap the messages of one conversation in a list of their own."
+            )
+        valid = isinstance(text, Sequence) and all(
+            isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in text
+        )
+        if not valid or not text:
+            raise TextsError(
+                f"Each entry of `{name}` must be a string or a list of messages with `role` and `content`. "
+                f"Found {text!r:.60} at {index}. Convert it.",
+                index=index,
+            )
+    return list(texts)
+
+
+def tokenise(tokenizer: Any, texts: Sequence[Text]) -> list[list[int]]:
+    """Return token ids, unpadded; chat messages go through the template once and get no second special tokens."""
+    backend = getattr(tokenizer, "_tokenizer", None)
+    kept = (getattr(backend, "padding", None), getattr(backend, "truncation", None))
+    try:
+        tokens = []
+        for index, text in enumerate(texts):
+            plain = isinstance(text, str)
+            rendered = text if isinstance(text, str) else _rendered(tokenizer, text, index)
+            ids = tokenizer(rendered, add_special_tokens=plain, padding=False, truncation=False, verbose=False)
+            if not ids["input_ids"]:
+                raise TextsError(f"A text must have at least one token. Found none in text {index}. Leave it out.", index=index)
+            tokens.append(list(ids["input_ids"]))
+        return tokens
+    finally:
+        if kept[0] is not None:
+            backend.enable_padding(**kept[0])
+        if kept[1] is not None:
+            backend.enable_truncation(**kept[1])
+
+
+def _rendered(tokenizer: Any, messages: Sequence[Mapping[str, Any]], index: int) -> str:
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise TextsError(
+            f"Chat messages need a tokenizer with a chat template. Found none (text {index}). Pass strings.", index=index
+        )
+    answered = messages[-1]["role"] == "assistant"
+    return tokenizer.apply_chat_template(
+        [dict(message) for message in messages],
+        tokenize=False,
+        add_generation_prompt=not answered,
+        continue_final_message=answered,
+    )
+
+
+def _batches(order: list[int], lengths: list[int], batch_size: int | None) -> list[list[int]]:
+    batches: list[list[int]] = []
+    while order:
+        # The first of a batch is its longest text, so it sets the width of all of them.
+        size = batch_size or max(1, _TOKENS_A_BATCH // lengths[order[0]])
+        batches.append(order[:size])
+        order = order[size:]
+    return batches
+
+
+def _pad(tokens: list[list[int]]) -> tuple[Tensor, Tensor]:
+    width = max(len(ids) for ids in tokens)
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in tokens])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in tokens])
+    return ids, mask
+
+
+def _digest(text: Text) -> str:
+    plain = text if isinstance(text, str) else json.dumps([dict(m) for m in text], sort_keys=True, default=str)
+    return hashlib.sha256(plain.encode()).hexdigest()[:16]

@@ -1,0 +1,482 @@
+"""A concept: one probe a layer, what each is worth on held-out texts, and the interventions that they give."""
+
+import dataclasses
+import hashlib
+import os
+import warnings
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from steerkit import storage
+from steerkit.activations import Activations, Read, checked_texts, record, stored_fingerprint
+from steerkit.concepts.probe import Figures, Probe, fit_probes, split
+from steerkit.errors import AmountError, LayerError, SteerkitWarning, TextsError
+from steerkit.intervention import Addition, Constraint, Erasure
+from steerkit.model import Fingerprint, find_decoder, resolve_layers
+from steerkit.types import DIRECTIONS, Amount, Direction, Layers, Positions, Text
+
+Groups = tuple[Sequence[Hashable], Sequence[Hashable]]
+
+
+@dataclass(frozen=True, eq=False)
+class Concept:
+    """A concept of one model, `concept[layer]` its probe at each layer. Made by `Concept.fit`; frozen.
+
+    Example:
+        toxicity = Concept.fit("toxicity", model, tokenizer, positive=toxic_texts, negative=clean_texts)
+        with Controller(model, [toxicity.constrain(at_most=0.01)]):
+            model.generate(**inputs)
+    """
+
+    name: str
+    probes: Mapping[int, Probe] = field(repr=False)
+    figures: Mapping[int, Figures] = field(repr=False)
+    """What each probe does on the held-out texts."""
+    directions: Mapping[str, Mapping[int, Tensor]] = field(repr=False)
+    """Unit directions by kind and layer: the probe, the pattern, the difference of means."""
+    direction: Direction
+    """The kind that its interventions move along; `along` gives the same concept with another."""
+    norms: Mapping[int, float] = field(repr=False)
+    """Mean norm of the hidden states it was fitted on: the unit in which to compare doses."""
+    depth: int
+    fingerprint: Fingerprint | None = field(repr=False, default=None)
+    made: Mapping[str, Any] = field(repr=False, default_factory=dict)
+    """How it was made: numbers of texts, digest of the data, seed, settings."""
+
+    @classmethod
+    def fit(
+        cls,
+        name: str,
+        model: Any,
+        tokenizer: Any,
+        *,
+        positive: Sequence[Text],
+        negative: Sequence[Text],
+        layers: Layers | None = None,
+        direction: Direction = "probe",
+        held_out: float = 0.2,
+        seed: int = 0,
+        groups: Groups | None = None,
+        read: Read = "last",
+        regularisation: float | None = None,
+        batch_size: int | None = None,
+        progress: bool = False,
+    ) -> "Concept":
+        """Record both sets of texts and fit one calibrated logistic probe a layer (GCAV, equation 1).
+
+        Args:
+            name: the key for `Controller.using`.
+            model: the model to steer.
+            tokenizer: its tokenizer; not changed.
+            positive: texts that show the concept; strings or conversations, as in `record`.
+            negative: texts that do not. The two need not be paired nor as many.
+            layers: blocks to probe; all by default.
+            direction: what interventions move along: `"probe"` (w, the paper's), `"pattern"` (Sigma w) or
+                `"mean_difference"`. The probe measures in any case.
+            held_out: share of the texts of each class that the fit never sees.
+            seed: of the split.
+            groups: one label a positive and one a negative text; texts of one group stay on one side of the split.
+                Equal texts always do.
+            read: `"last"` token or `"mean"` over tokens.
+            regularisation: inverse L2 strength C on standardised features; chosen by cross-validation by default.
+            batch_size: texts run together.
+            progress: show a progress bar.
+
+        Raises:
+            TextsError: no texts, one class only, too few texts, entries that are no text.
+            LayerError: a layer that does not exist.
+            UnsupportedModelError: a model that cannot be read.
+
+        Warns:
+            SteerkitWarning: no probe is better than chance on the held-out texts.
+        """
+        positive, negative = checked_texts(positive, "positive"), checked_texts(negative, "negative")
+        _check_settings(name, direction, held_out, regularisation)
+        _check_counts(len(positive), len(negative), held_out)
+        _check_groups(groups, len(positive), len(negative))
+        resolve_layers(layers, find_decoder(model).depth)
+        both = record(
+            model, tokenizer, [*positive, *negative], layers=layers, read=read, batch_size=batch_size, progress=progress
+        )
+        count = len(positive)
+        return cls.from_activations(
+            name,
+            _part(both, slice(0, count)),
+            _part(both, slice(count, None)),
+            direction=direction,
+            held_out=held_out,
+            seed=seed,
+            groups=groups,
+            regularisation=regularisation,
+        )
+
+    @classmethod
+    def from_activations(
+        cls,
+        name: str,
+        positive: Activations,
+        negative: Activations,
+        *,
+        direction: Direction = "probe",
+        held_out: float = 0.2,
+        seed: int = 0,
+        groups: Groups | None = None,
+        regularisation: float | None = None,
+    ) -> "Concept":
+        """Fit from recordings: many concepts on one, or states recorded elsewhere. Arguments as in `fit`."""
+        _check_settings(name, direction, held_out, regularisation)
+        _check_counts(len(positive), len(negative), held_out)
+        _check_groups(groups, len(positive), len(negative))
+        if positive.layers != negative.layers:
+            raise LayerError(
+                f"Both recordings must hold the same layers. Found {positive.layers} and {negative.layers}. Record both alike."
+            )
+        if positive.fingerprint is not None and negative.fingerprint is not None:
+            positive.fingerprint.check(negative.fingerprint, "the positive recording")
+        layers = positive.layers
+        states = [torch.cat([positive[layer], negative[layer]]) for layer in layers]
+        for layer, state in zip(layers, states, strict=True):
+            if not bool(state.isfinite().all()):
+                raise TextsError(
+                    f"Hidden states must be finite. Found NaN or infinity at layer {layer}. Load the model in float32 or bfloat16."
+                )
+        labels = np.array([1] * len(positive) + [0] * len(negative), dtype=np.int64)
+        parts = split(labels, _group_ids(positive, negative, groups), held_out, seed)
+        fitted = fit_probes(states, labels, parts, regularisation=regularisation, seed=seed)
+        at = dict(zip(layers, fitted, strict=True))
+        base = positive.fingerprint or negative.fingerprint
+        concept = cls(
+            name=name,
+            probes={layer: one.probe for layer, one in at.items()},
+            figures={layer: one.figures for layer, one in at.items()},
+            directions={kind: {layer: one.directions[kind] for layer, one in at.items()} for kind in DIRECTIONS},
+            direction=direction,
+            norms={layer: one.norm for layer, one in at.items()},
+            depth=base.depth if base is not None else max(layers) + 1,
+            fingerprint=base,
+            made={
+                "positive": len(positive),
+                "negative": len(negative),
+                "held_out": int(parts.held_out.sum()),
+                "read": positive.read,
+                "seed": seed,
+                "regularisation": regularisation,
+                "digest": _digest(positive, negative),
+            },
+        )
+        concept._warn_at_chance()
+        return concept
+
+    def _warn_at_chance(self) -> None:
+        best = self.figures[self.best_layer]
+        if best.accuracy_interval[0] <= 0.5:
+            warnings.warn(
+                f"No probe of {self.name!r} is better than chance on {self.made['held_out']} held-out texts: the best, at "
+                f"layer {self.best_layer}, has accuracy {best.accuracy:.2f} "
+                f"[{best.accuracy_interval[0]:.2f}, {best.accuracy_interval[1]:.2f}]. Steering along it moves something "
+                "else. Use more or clearer texts.",
+                SteerkitWarning,
+                stacklevel=3,
+            )
+
+    def __getitem__(self, layer: int) -> Probe:
+        return self.probes[self._own_layers(layer)[0]]
+
+    def __repr__(self) -> str:
+        best = self.figures[self.best_layer]
+        model = "" if self.fingerprint is None else f", model={self.fingerprint.name!r}"
+        return (
+            f"Concept({self.name!r}, {len(self.layers)} layers {self.layers[0]}..{self.layers[-1]}, "
+            f"direction={self.direction!r}, best layer {self.best_layer} with accuracy {best.accuracy:.2f} on "
+            f"{self.made.get('held_out', '?')} held-out texts, steering_layers={self.steering_layers}{model})"
+        )
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """All probed layers, in order."""
+        return tuple(self.probes)
+
+    @property
+    def accuracy(self) -> dict[int, float]:
+        """Held-out accuracy by layer (the mean of both classes' accuracies)."""
+        return {layer: figures.accuracy for layer, figures in self.figures.items()}
+
+    @property
+    def auc(self) -> dict[int, float]:
+        """Held-out area under the ROC curve by layer."""
+        return {layer: figures.auc for layer, figures in self.figures.items()}
+
+    @property
+    def calibration_error(self) -> dict[int, float]:
+        """Expected calibration error by layer, each held-out text at a temperature that it did not help to fit."""
+        return {layer: figures.calibration_error for layer, figures in self.figures.items()}
+
+    @property
+    def mover(self) -> dict[int, Tensor]:
+        """The unit direction that interventions move along, by layer."""
+        return dict(self.directions[self.direction])
+
+    @property
+    def best_layer(self) -> int:
+        """The layer with the best held-out accuracy; among equals the one with the least held-out log loss."""
+        return max(self.layers, key=lambda layer: (self.figures[layer].accuracy, -self.figures[layer].log_loss))
+
+    @property
+    def steering_layers(self) -> tuple[int, ...]:
+        """The layers within one standard error of the best held-out accuracy; never empty."""
+        best = self.figures[self.best_layer]
+        least = best.accuracy - best.standard_error
+        return tuple(layer for layer in self.layers if self.figures[layer].accuracy >= least)
+
+    def along(self, direction: Direction) -> "Concept":
+        """Return the same concept with interventions that move along another direction."""
+        _check_direction(direction)
+        return replace(self, direction=direction)
+
+    def add(
+        self, magnitude: Amount, *, layers: Layers | None = None, positions: Positions = "all", name: str | None = None
+    ) -> Addition:
+        """Return `h' = h + m u`, u the unit direction of `mover`.
+
+        Args:
+            magnitude: m, in units of the residual stream (`norms` tells how long the stream is): a number, one a
+                sample, `(samples, layers)`, or `{layer: either of the first two}`.
+            layers: where; by default the single best layer, or the layers that `magnitude` names.
+            positions: which tokens; all by default.
+            name: the key within a Controller; the concept's name by default.
+
+        Raises:
+            AmountError: a magnitude that is no finite number or of the wrong shape.
+            LayerError: a layer that was not probed.
+        """
+        chosen = self._chosen(layers, magnitude, (self.best_layer,))
+        amount = self._keyed(magnitude)
+        return Addition(name or self.name, chosen, positions, amount, self.fingerprint, self._movers(chosen))
+
+    def erase(self, *, layers: Layers | None = None, positions: Positions = "all", name: str | None = None) -> Erasure:
+        """Return `h' = h - (u . h) u`: nothing is left along the direction of `mover`.
+
+        Args:
+            layers: where; by default `steering_layers`.
+            positions: which tokens; all by default.
+            name: the key within a Controller; the concept's name by default.
+
+        Raises:
+            LayerError: a layer that was not probed.
+        """
+        chosen = self._chosen(layers, None, self.steering_layers)
+        return Erasure(name or self.name, chosen, positions, 1.0, self.fingerprint, self._movers(chosen))
+
+    def constrain(
+        self,
+        *,
+        at_most: Amount | None = None,
+        at_least: Amount | None = None,
+        layers: Layers | None = None,
+        positions: Positions = "last",
+        max_magnitude: float | None = None,
+        name: str | None = None,
+    ) -> Constraint:
+        """Return the smallest edit along `mover` after which the probe meets a bound (GCAV, equations 6 and 7).
+
+        `eps = (logit(p) - b - w . h) / (w . u)`, `h' = h + eps u` where the bound is violated; every other row is
+        untouched, bit for bit. The magnitude is computed anew for each row, position and layer.
+
+        Args:
+            at_most: remove: the largest probability allowed; a number, one a sample, `(samples, layers)`, or by layer.
+            at_least: amplify: the smallest. Exactly one of the two; `at_most=1` and `at_least=0` are off.
+            layers: where; by default `steering_layers`. A later layer's probe sees what an earlier one changed.
+            positions: which tokens; by default the last prompt position and every later one.
+            max_magnitude: cap, as a fraction of the norm of the hidden state; capped rows are out of the promise.
+            name: the key within a Controller; the concept's name by default.
+
+        Raises:
+            AmountError: both or neither bound, a bound that is no probability or would take an infinite edit.
+            LayerError: a layer that was not probed.
+        """
+        if (at_most is None) == (at_least is None):
+            found = "neither" if at_most is None else "both"
+            raise AmountError(
+                f"Exactly one of `at_most` and `at_least` is required. Found {found}. For a band, use two constraints "
+                "and give one of them a `name`."
+            )
+        bound = cast(Amount, at_least if at_most is None else at_most)
+        chosen = self._chosen(layers, bound, self.steering_layers)
+        movers = self._movers(chosen)
+        for layer in chosen:
+            gain = float(self.probes[layer].weight @ movers[layer])
+            if not gain > 0:
+                raise AmountError(
+                    f"The probe of {self.name!r} must rise along {self.direction!r}. Found w . u = {gain:.3g} at layer "
+                    f"{layer}. Leave the layer out, or use direction='probe'."
+                )
+        return Constraint(
+            name or self.name,
+            chosen,
+            positions,
+            self._keyed(bound),
+            self.fingerprint,
+            sense=-1 if at_least is None else 1,
+            weights={layer: self.probes[layer].weight for layer in chosen},
+            biases={layer: self.probes[layer].bias for layer in chosen},
+            directions=movers,
+            max_magnitude=max_magnitude,
+        )
+
+    def _movers(self, layers: Sequence[int]) -> dict[int, Tensor]:
+        return {layer: self.directions[self.direction][layer] for layer in layers}
+
+    def _chosen(self, layers: Layers | None, amount: Any, default: tuple[int, ...]) -> tuple[int, ...]:
+        if layers is not None:
+            return self._own_layers(layers)
+        return self._own_layers(tuple(amount)) if isinstance(amount, Mapping) else default
+
+    def _keyed(self, amount: Amount) -> Amount:
+        """Return an amount with its layers, if it names any, as the model counts them."""
+        if not isinstance(amount, Mapping):
+            return amount
+        return {self._own_layers(layer)[0]: value for layer, value in amount.items()}
+
+    def _own_layers(self, layers: Layers) -> tuple[int, ...]:
+        resolved = resolve_layers(layers, self.depth)
+        missing = [layer for layer in resolved if layer not in self.probes]
+        if missing:
+            raise LayerError(
+                f"Layer {missing[0]} has no probe: {self.name!r} was fitted at layers {self.layers}. Choose among them, "
+                "or fit it there.",
+                layer=missing[0],
+            )
+        return resolved
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file, atomically."""
+        tensors = {
+            "weight": torch.stack([probe.weight for probe in self.probes.values()]),
+            "bias": torch.tensor([probe.bias for probe in self.probes.values()], dtype=torch.float64),
+            "norm": torch.tensor([self.norms[layer] for layer in self.layers], dtype=torch.float64),
+        }
+        for kind, directions in self.directions.items():
+            tensors[f"direction.{kind}"] = torch.stack([directions[layer] for layer in self.layers])
+        header: dict[str, Any] = {
+            "name": self.name,
+            "layers": list(self.layers),
+            "direction": self.direction,
+            "depth": self.depth,
+            "figures": [dataclasses.asdict(self.figures[layer]) for layer in self.layers],
+            "made": dict(self.made),
+        }
+        if self.fingerprint is not None:
+            header["base_model"] = self.fingerprint.header()
+            tensors["base_model.values"] = self.fingerprint.values
+        storage.write(path, "concept", header, tensors)
+
+    @classmethod
+    def from_stored(cls, stored: storage.Stored) -> "Concept":
+        """Rebuild from a file that `storage.read` has checked."""
+        layers = stored.entry("layers", list)
+        depth = stored.entry("depth", int)
+        direction = stored.entry("direction", str)
+        count = len(layers)
+        whole = all(isinstance(layer, int) and 0 <= layer < depth for layer in layers)
+        if not layers or not whole or sorted(set(layers)) != layers or direction not in DIRECTIONS:
+            raise stored.broken(f"layers={layers!r:.60}, depth={depth}, direction={direction!r}")
+        weight = stored.tensor("weight", count, -1)
+        width = weight.shape[1]
+        bias, norms = stored.tensor("bias", count), stored.tensor("norm", count)
+        figures = stored.entry("figures", list)
+        if len(figures) != count:
+            raise stored.broken(f"{len(figures)} figures for {count} layers")
+        try:
+            rebuilt = [_figures(entry) for entry in figures]
+        except (TypeError, ValueError, KeyError) as error:
+            raise stored.broken(f"figures that are not numbers ({error})") from error
+        stacks = {kind: stored.tensor(f"direction.{kind}", count, width) for kind in DIRECTIONS}
+        at = list(enumerate(layers))
+        return cls(
+            name=stored.entry("name", str),
+            probes={layer: Probe(weight[i], float(bias[i])) for i, layer in at},
+            figures={layer: rebuilt[i] for i, layer in at},
+            directions={kind: {layer: stack[i] for i, layer in at} for kind, stack in stacks.items()},
+            direction=cast(Direction, direction),
+            norms={layer: float(norms[i]) for i, layer in at},
+            depth=depth,
+            fingerprint=stored_fingerprint(stored),
+            made=stored.entry("made", dict),
+        )
+
+
+def _figures(entry: Any) -> Figures:
+    values = {
+        name: tuple(float(v) for v in entry[name]) if name.endswith("interval") else float(entry[name])
+        for name in Figures.__dataclass_fields__
+    }
+    return Figures(**values)  # type: ignore[arg-type]
+
+
+def _check_settings(name: str, direction: str, held_out: float, regularisation: float | None) -> None:
+    if not isinstance(name, str) or not name.isidentifier():
+        raise TextsError(
+            f"A concept's name must be an identifier, since it is a keyword of `using`. Found {name!r}. Use letters, "
+            "digits and _."
+        )
+    _check_direction(direction)
+    if not 0 < held_out < 1:
+        raise TextsError(f"`held_out` must be a share between 0 and 1. Found {held_out!r}. Try 0.2.")
+    if regularisation is not None and not regularisation > 0:
+        raise TextsError(f"`regularisation` must be positive. Found {regularisation!r}. Leave it out to have it chosen.")
+
+
+def _check_direction(direction: str) -> None:
+    if direction not in DIRECTIONS:
+        raise AmountError(f"`direction` must be one of {', '.join(DIRECTIONS)}. Found {direction!r}. Choose one.")
+
+
+def _check_counts(positive: int, negative: int, held_out: float) -> None:
+    least = max(2, round(1 / held_out)) + 1
+    for side, count in (("positive", positive), ("negative", negative)):
+        if count < least:
+            raise TextsError(
+                f"At least {least} {side} texts are required to fit and to hold out {held_out:g} of them. Found {count}. "
+                "Add texts; 100 a side is usual.",
+                required=least,
+                found=count,
+            )
+
+
+def _check_groups(groups: Groups | None, positive: int, negative: int) -> None:
+    if groups is None:
+        return
+    if len(groups) != 2 or len(groups[0]) != positive or len(groups[1]) != negative:
+        found = tuple(len(side) for side in groups)
+        raise TextsError(
+            f"`groups` must be a pair: one label for each of {positive} positive and {negative} negative texts. Found "
+            f"{found}. Pass (positive_groups, negative_groups)."
+        )
+
+
+def _group_ids(positive: Activations, negative: Activations, groups: Groups | None) -> np.ndarray:
+    """Return one number an example; equal groups, and equal texts, share it."""
+    count = len(positive) + len(negative)
+    if groups is not None:
+        keys: list[Any] = [*groups[0], *groups[1]]
+    elif positive.digests and negative.digests:
+        keys = [*positive.digests, *negative.digests]
+    else:
+        keys = list(range(count))
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    return np.array([numbers[key] for key in keys], dtype=np.int64)
+
+
+def _digest(positive: Activations, negative: Activations) -> str:
+    text = "+".join(sorted(positive.digests)) + "|" + "+".join(sorted(negative.digests))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _part(both: Activations, rows: slice) -> Activations:
+    states = {layer: both[layer][rows] for layer in both.layers}
+    return Activations(states, both.read, both.fingerprint, both.digests[rows])

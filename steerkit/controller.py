@@ -1,0 +1,473 @@
+"""The Controller: interventions on a model, from `with` to the end of it, and not a moment longer.
+
+Hooks are put on once; amounts live in tensors that `using` changes in place, so a compiled model need not be compiled
+again. Nothing in a hook branches on a tensor's value.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steerkit.errors import AmountError, AttachError, BaseModelMismatchError, LayerError, NotReachedError, SamplesError
+from steerkit.hooks import Clock, Moment
+from steerkit.intervention import Amounts, Intervention, SiteEdit
+from steerkit.model import Fingerprint, find_decoder, hidden_states_of
+from steerkit.types import Amount
+
+_CAPACITY = 64
+"""Samples for which amount tensors are allocated at first; a larger batch makes them grow, and compiles once more."""
+
+
+class Controller:
+    """Apply interventions to a model while attached, each row with its own amounts.
+
+        with Controller(model, [toxicity.constrain(at_most=0.01)]) as control:
+            model.generate(**inputs)
+
+    At a site, additions act in the order of the list, then all constraints and erasures are met together. Controllers
+    nest; the inner one acts after the outer one at each site, so bounds that must hold together belong into one.
+
+    Args:
+        model: a causal language model, plain or PEFT-wrapped, sharded or not.
+        interventions: one or several; their names must differ.
+        record_magnitudes: keep what each row really received, for `magnitudes`.
+        check_model: refuse interventions that were made on another base model.
+
+    Raises:
+        UnsupportedModelError: the model's blocks cannot be steered.
+        BaseModelMismatchError: an intervention was made on another model, or for another width.
+        LayerError: an intervention acts on a layer that the model does not have.
+        DependentConceptsError: bounds at one layer that cannot all be met.
+        AmountError: no interventions, or two of one name.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        interventions: Intervention | Iterable[Intervention],
+        *,
+        record_magnitudes: bool = False,
+        check_model: bool = True,
+    ) -> None:
+        listed = [interventions] if isinstance(interventions, Intervention) else list(interventions)
+        _check_names(listed)
+        self._given = model
+        self._decoder = find_decoder(model)
+        self._check_fit(listed, check_model)
+        self.interventions: tuple[Intervention, ...] = tuple(listed)
+        self.record_magnitudes = record_magnitudes
+        self._amounts = {each.name: each.read(each.amount) for each in listed}
+        self._sites = [
+            _Site(self, layer, [each for each in listed if layer in each.layers])
+            for layer in sorted({layer for each in listed for layer in each.layers})
+        ]
+        self._refuse_contradictions(self._amounts)
+        self._stack: ExitStack | None = None
+        self._ran = False
+        self._recorded: Any = None
+        self.moment: Moment | None = None
+        self.plain = False
+        """Whether this forward pass edits every position, so that sites may take their short form."""
+
+    def __repr__(self) -> str:
+        parts = "".join(f"\n  {each}," for each in self.interventions)
+        state = "attached" if self._stack is not None else "detached"
+        return f"Controller({type(self._decoder.model).__name__}, {state}, [{parts}\n])"
+
+    def _check_fit(self, interventions: list[Intervention], check_model: bool) -> None:
+        here: Fingerprint | None = None
+        for each in interventions:
+            if each.fingerprint is not None and check_model:
+                here = here or Fingerprint.of(self._given)
+                each.fingerprint.check(here, repr(each.name))
+            if each.d_model != self._decoder.d_model:
+                raise BaseModelMismatchError(
+                    f"{each.name!r} acts on a residual stream of width {each.d_model}, this model's has "
+                    f"{self._decoder.d_model}. Fit it on this model."
+                )
+            depth = self._decoder.depth
+            for layer in each.layers:
+                if layer >= depth:
+                    raise LayerError(
+                        f"Layer {layer} of {each.name!r} does not exist: the model has {depth} decoder blocks "
+                        f"(0..{depth - 1}). Fit it on this model, or choose other layers.",
+                        layer=layer,
+                        depth=depth,
+                    )
+
+    def _refuse_contradictions(self, amounts: Mapping[str, Amounts]) -> None:
+        for site in self._sites:
+            columns = [amounts[each.name].values[:, each.layers.index(site.layer)] for each in site.interventions]
+            site.edit.refuse_contradiction(columns)
+
+    def attach(self) -> "Controller":
+        """Put the hooks on. `with` does this; call it yourself before `torch.compile`.
+
+        Raises:
+            AttachError: already attached, or the model was compiled before.
+        """
+        if self._stack is not None:
+            raise AttachError("A Controller can be attached once at a time. Found it attached. Detach it, or make another.")
+        self._refuse_compiled()
+        stack = ExitStack()
+        try:
+            clock = Clock.of(self._decoder.model, self._decoder.owner)
+            stack.callback(clock.release)
+            if clock.compiled:
+                raise AttachError(
+                    "Hooks must be on before the model is compiled. Found that it was compiled under another Controller. "
+                    "Attach both first, then compile."
+                )
+            for listeners, listener in ((clock.listeners, self._begin), (clock.on_generate, self._check_samples)):
+                listeners.append(listener)
+                stack.callback(listeners.remove, listener)
+            for site in self._sites:
+                block = self._decoder.blocks[site.layer]
+                stack.callback(site.switch_off)
+                stack.callback(block.register_forward_hook(site.hook).remove)
+                site.prepare(_device_of(block))
+            self._ran = False
+            self._write_amounts()
+        except BaseException:
+            stack.close()
+            raise
+        self._stack = stack
+        return self
+
+    def detach(self) -> None:
+        """Take everything off; the model is bit for bit what it was.
+
+        Raises:
+            AttachError: not attached.
+            NotReachedError: an intervention reached no row while attached.
+        """
+        if self._stack is None:
+            raise AttachError("Only an attached Controller can be detached. Found it detached. Use `with` or attach().")
+        stack, self._stack = self._stack, None
+        stack.close()
+        self.moment = None
+        for each in self.interventions:
+            sites = [site for site in self._sites if each.layers and site.layer in each.layers]
+            if not any(site.reached[site.interventions.index(each)] for site in sites):
+                raise NotReachedError(
+                    f"{each.name!r} reached no row: {self._why_not(each)} while the Controller was attached at layers "
+                    f"{each.layers[0]}..{each.layers[-1]}. Run the model inside `with` (compile it after attach).",
+                    name=each.name,
+                )
+
+    def _why_not(self, each: Intervention) -> str:
+        if not self._ran:
+            return "no forward pass ran"
+        return f"forward passes ran, but none held a position of {each.positions!r},"
+
+    def __enter__(self) -> "Controller":
+        return self.attach()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.detach()
+        except NotReachedError:
+            if kind is None:
+                raise
+
+    def using(self, **amounts: Amount) -> "_Using":
+        """Change amounts at once, in place; as a `with`, attach if needed and put the old amounts back at the end.
+
+            with control.using(helpful=torch.linspace(0, 1, 8)):
+                model.generate(**eight_copies)
+
+        Raises:
+            AmountError: an unknown name, or an amount that its intervention cannot take.
+            DependentConceptsError: bounds on one probe that contradict each other.
+        """
+        by_name = {each.name: each for each in self.interventions}
+        unknown = sorted(set(amounts) - set(by_name))
+        if unknown or not amounts:
+            raise AmountError(
+                f"`using` takes amounts by the names {sorted(by_name)}. Found {unknown or 'none'}. Check the spelling."
+            )
+        new = {**self._amounts, **{name: by_name[name].read(amount) for name, amount in amounts.items()}}
+        self._refuse_contradictions(new)
+        using = _Using(self, {name: self._amounts[name] for name in amounts})
+        self._set(new)
+        return using
+
+    def _set(self, amounts: Mapping[str, Amounts]) -> None:
+        self._amounts = dict(amounts)
+        if self._stack is not None:
+            self._write_amounts()
+
+    def _write_amounts(self) -> None:
+        for site in self._sites:
+            for index, each in enumerate(site.interventions):
+                values, samples = self._amounts[each.name]
+                site.write(index, values[:, each.layers.index(site.layer)], samples)
+
+    @property
+    def magnitudes(self) -> dict[str, dict[int, Tensor]]:
+        """What each row received in the last `generate` or forward pass, `magnitudes[name][layer]`: `"row pos"`.
+
+        Signed, in units of the residual stream along the unit direction; 0 where nothing was edited. Columns are
+        those of the sequence, from the first one that ran. Under beam search, rows are the beams as they stood.
+
+        Raises:
+            AttachError: the Controller was made without `record_magnitudes=True`.
+        """
+        if not self.record_magnitudes:
+            raise AttachError("Magnitudes are kept on request. Found record_magnitudes=False. Make a Controller with True.")
+        return {
+            each.name: {site.layer: site.recorded(each) for site in self._sites if each in site.interventions}
+            for each in self.interventions
+        }
+
+    def _begin(self, moment: Moment) -> None:
+        """Take note of a forward pass before its first block runs."""
+        self.moment = moment
+        self._ran = True
+        if torch.compiler.is_compiling():
+            self._check_rows_compiled(moment)
+            return
+        self._check_samples(moment.samples)
+        if moment.rows % moment.samples:
+            raise SamplesError(
+                f"Rows of a forward pass must be samples times beams or return sequences. Found {moment.rows} rows for "
+                f"{moment.samples} samples. Pass whole prompts to generate."
+            )
+        everywhere = all(moment.where(each.positions) is True for each in self.interventions)
+        autocast = torch.is_autocast_enabled(moment.device.type)
+        self.plain = everywhere and not self.record_magnitudes and not autocast
+        if self.record_magnitudes:
+            new = moment.generation is not self._recorded if moment.generation else moment.start == 0
+            if new:
+                self._recorded = moment.generation
+                for site in self._sites:
+                    site.records.clear()
+
+    def _check_samples(self, found: int) -> None:
+        for name, (_, samples) in self._amounts.items():
+            if samples is not None and samples != found:
+                raise SamplesError(
+                    f"{name!r} has amounts for {samples} samples but the batch has {found}. Pass one value a prompt.",
+                    expected=samples,
+                    found=found,
+                )
+
+    def _check_rows_compiled(self, moment: Moment) -> None:
+        """The same check without a Python number that would compile again when amounts change."""
+        for site in self._sites:
+            for samples in site.samples:
+                torch._assert_async((samples == 0) | (samples == moment.samples), "amounts and batch differ in samples")
+
+    def _refuse_compiled(self) -> None:
+        decoder = self._decoder
+        modules: list[Any] = [self._given, decoder.model, decoder.body, decoder.owner, *decoder.blocks]
+        for module in modules:
+            compiled = (
+                hasattr(module, "_orig_mod")
+                or getattr(module, "_compiled_call_impl", None) is not None
+                or hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
+                or module.__dict__.get("_compiled_call") is not None
+            )
+            if compiled:
+                raise AttachError(
+                    f"Hooks must be on before the model is compiled: a compiled {type(module).__name__} skips hooks that "
+                    "come later. Pass the plain model, attach(), then torch.compile it and change amounts with using()."
+                )
+
+
+def _check_names(interventions: list[Any]) -> None:
+    if not interventions:
+        raise AmountError("A Controller needs at least one intervention. Found none. Pass concept.add(...), for example.")
+    for each in interventions:
+        if not isinstance(each, Intervention):
+            raise AmountError(
+                f"Interventions are required. Found {type(each).__name__}. Use concept.add, .erase or .constrain."
+            )
+    names = [each.name for each in interventions]
+    double = next((name for name in names if names.count(name) > 1), None)
+    if double is not None:
+        raise AmountError(
+            f"Names within a Controller must differ. Found {double!r} twice. Rename one: concept.add(..., name='other')."
+        )
+
+
+def _device_of(block: nn.Module) -> torch.device:
+    devices = [p.device for p in block.parameters() if p.device.type != "meta"]
+    return devices[0] if devices else torch.device("cpu")
+
+
+class _Using:
+    """The other half of `Controller.using`: what is put back at the end of a `with`."""
+
+    def __init__(self, control: Controller, before: dict[str, Amounts]) -> None:
+        self._control = control
+        self._before = before
+        self._attached = False
+
+    def __enter__(self) -> Controller:
+        if self._control._stack is None:
+            try:
+                self._control.attach()
+            except BaseException:
+                self._restore()
+                raise
+            self._attached = True
+        return self._control
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if self._attached:
+                self._control.__exit__(kind, error, trace)
+        finally:
+            self._restore()
+
+    def _restore(self) -> None:
+        self._control._set({**self._control._amounts, **self._before})
+
+
+class _Site:
+    """The hook on one block: which interventions act there, and their amounts as tensors on the block's device."""
+
+    def __init__(self, control: Controller, layer: int, interventions: list[Intervention]) -> None:
+        self.control = control
+        self.layer = layer
+        self.interventions = interventions
+        self.edit = SiteEdit(interventions, layer)
+        self.device = torch.device("cpu")
+        self.amounts = [torch.full((_CAPACITY,), each.off, dtype=torch.float64) for each in interventions]
+        """`"capacity"` an intervention: the amount of each sample."""
+        self.samples = [torch.zeros((), dtype=torch.int64) for _ in interventions]
+        """How many samples the amounts are for; 0 if all share one."""
+        self.shared = [True] * len(interventions)
+        self.reached = [False] * len(interventions)
+        self.records: list[tuple[int | Tensor, list[Tensor | None]]] = []
+        self._short: Callable[[Tensor], Tensor] | None = None
+        self._short_for: tuple[Any, ...] | None = None
+
+    def prepare(self, device: torch.device) -> None:
+        """Forget what was reached before, and hold every tensor where the block is."""
+        self.reached = [False] * len(self.interventions)
+        self._move(device)
+
+    def _move(self, device: torch.device) -> None:
+        # Tensors made in inference mode could not be saved for backward later.
+        with torch.inference_mode(False):
+            self.edit.to(device)
+            small = torch.float32 if device.type == "mps" else torch.float64
+            self.amounts = [amounts.to(device, small) for amounts in self.amounts]
+            self.samples = [samples.to(device) for samples in self.samples]
+            self.device = device
+            self._short_for = None
+
+    def write(self, index: int, values: Tensor, samples: int | None) -> None:
+        """Set the amounts of one intervention, in place wherever they fit."""
+        with torch.inference_mode(False), torch.no_grad():
+            if len(values) > len(self.amounts[index]):
+                self.amounts[index] = self.amounts[index].new_empty(2 * len(values))
+            table = self.amounts[index]
+            table[: len(values)] = values.to(table)
+            table[len(values) :] = table[len(values) - 1].clone()
+            self.samples[index].fill_(samples or 0)
+            self.shared[index] = samples is None
+            self._short_for = None
+
+    def switch_off(self) -> None:
+        """Leave amounts that edit nothing: a graph that was compiled while attached computes the plain model."""
+        for index, each in enumerate(self.interventions):
+            self.write(index, torch.tensor([each.off], dtype=torch.float64), None)
+
+    def hook(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        """Edit what the block returned, a tensor or the first entry of a tuple."""
+        if torch.compiler.is_compiling():
+            edited = self._edit_traced(hidden_states_of(output))
+        elif isinstance(output, Tensor):
+            return self._edit(output)
+        else:
+            edited = self._edit(hidden_states_of(output))
+        return edited if isinstance(output, Tensor) else (edited, *output[1:])
+
+    def _edit(self, hidden: Any) -> Tensor:
+        control = self.control
+        if control.plain:
+            key = (hidden.dtype, hidden.device, control.moment.rows)  # type: ignore[union-attr]
+            if key != self._short_for:
+                self._shorten(hidden, key)
+            if self._short is not None:
+                return self._short(hidden)
+        return self._edit_somewhere(hidden)
+
+    def _shorten(self, hidden: Tensor, key: tuple[Any, ...]) -> None:
+        if hidden.device != self.device:
+            self._move(hidden.device)
+        self.reached = [True] * len(self.interventions)
+        with torch.inference_mode(False), torch.no_grad():
+            self._short = self.edit.everywhere(self._row_amounts(), hidden)
+        self._short_for = key
+
+    def _edit_somewhere(self, hidden: Tensor) -> Tensor:
+        if hidden.device != self.device:
+            self._move(hidden.device)
+        moment = self.control.moment
+        assert moment is not None
+        where = [moment.where(each.positions) for each in self.interventions]
+        self.reached = [
+            reached or here is not False for reached, here in zip(self.reached, where, strict=True)
+        ]
+        if all(here is False for here in where):
+            return hidden
+        where = [here.to(hidden.device) if isinstance(here, Tensor) else here for here in where]
+        edited, magnitudes = self.edit.edit(hidden, self._row_amounts(), where)
+        if self.control.record_magnitudes:
+            shape = hidden.shape[:2]
+            kept = [m if m is None else m.detach().float().expand(shape).cpu().clone() for m in magnitudes]
+            self.records.append((moment.start, kept))
+        return edited
+
+    def _edit_traced(self, hidden: Any) -> Tensor:
+        if self.control.record_magnitudes:
+            return self._edit_untraced(hidden)
+        moment = self.control.moment
+        assert moment is not None
+        where = [moment.where(each.positions) for each in self.interventions]
+        self.reached = [True] * len(self.interventions)
+        sample = moment.sample_of_row().to(hidden.device)
+        amounts = [amounts[sample.clamp(max=len(amounts) - 1)] for amounts in self.amounts]
+        edited, _ = self.edit.edit(hidden, amounts, where)
+        return edited
+
+    @torch.compiler.disable
+    def _edit_untraced(self, hidden: Tensor) -> Tensor:
+        return self._edit_somewhere(hidden)
+
+    def _row_amounts(self) -> list[Tensor]:
+        """Return each intervention's amounts, `"batch"`, or one entry if all rows share it."""
+        moment = self.control.moment
+        assert moment is not None
+        if all(self.shared):
+            return [amounts[:1] for amounts in self.amounts]
+        sample = moment.sample_of_row().to(self.device)
+        return [
+            amounts[:1] if shared else amounts[sample]
+            for amounts, shared in zip(self.amounts, self.shared, strict=True)
+        ]
+
+    def recorded(self, intervention: Intervention) -> Tensor:
+        """Return `"row pos"` over all forward passes that were recorded; a later pass over a column replaces it."""
+        index = self.interventions.index(intervention)
+        passes = [(int(start), kept[index]) for start, kept in self.records if kept[index] is not None]
+        if not passes:
+            return torch.zeros(0, 0)
+        width = max(start + part.shape[1] for start, part in passes if part is not None)
+        whole = torch.zeros(len(passes[0][1]), width)  # type: ignore[arg-type]
+        for start, part in passes:
+            assert part is not None
+            whole[:, start : start + part.shape[1]] = part
+        return whole

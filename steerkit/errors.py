@@ -1,0 +1,77 @@
+"""Every error that steerkit raises on purpose, and its one warning.
+
+    SteerkitError
+    ├── AmountError (ValueError)              a magnitude or a bound that cannot be applied
+    ├── ArtefactError (ValueError)            a file that is damaged, foreign or cannot be written
+    ├── AttachError (RuntimeError)            a Controller used at the wrong moment
+    ├── BaseModelMismatchError (ValueError)   an artefact that belongs to another model
+    ├── DependentConceptsError (ValueError)   bounds at one layer that cannot all be met
+    ├── LayerError (IndexError)               a layer that does not exist
+    ├── MissingDependencyError (ImportError)  an optional package that is not installed
+    ├── NotReachedError (RuntimeError)        a steering request that no row received
+    ├── SamplesError (ValueError)             amounts for another number of samples than the batch has
+    ├── TextsError (ValueError)               texts that cannot be read or fitted
+    └── UnsupportedModelError (TypeError)     a model whose blocks cannot be steered correctly
+    SteerkitWarning (UserWarning)             the result is valid and probably not what you want
+
+Each inherits the builtin that a caller would expect and keeps the offending values as attributes. Messages say
+what is required, what was found and what to do.
+"""
+
+from typing import Any
+
+
+class SteerkitError(Exception):
+    """Base class; keyword arguments become attributes, so that a caller can act on the values."""
+
+    def __init__(self, message: str, **values: Any) -> None:
+        super().__init__(message)
+        self.__dict__.update(values)
+
+
+class AmountError(SteerkitError, ValueError):
+    """A magnitude or a bound is not a number, not finite, not a probability, or of the wrong shape."""
+
+
+class ArtefactError(SteerkitError, ValueError):
+    """A file is not a steerkit artefact, is damaged, or cannot be written."""
+
+
+class AttachError(SteerkitError, RuntimeError):
+    """A Controller was attached twice, to a compiled model, or used while detached."""
+
+
+class BaseModelMismatchError(SteerkitError, ValueError):
+    """An artefact was made on another model than the one it is used with."""
+
+
+class DependentConceptsError(SteerkitError, ValueError):
+    """Two bounds at one layer cannot be met together."""
+
+
+class LayerError(SteerkitError, IndexError):
+    """A layer index does not exist, in the model or in the concept."""
+
+
+class MissingDependencyError(SteerkitError, ImportError):
+    """An optional package is needed and not installed."""
+
+
+class NotReachedError(SteerkitError, RuntimeError):
+    """No forward pass took an intervention to any position."""
+
+
+class SamplesError(SteerkitError, ValueError):
+    """Per-sample amounts were given for another number of samples than the forward pass holds."""
+
+
+class TextsError(SteerkitError, ValueError):
+    """Texts are missing, too few, of the wrong type, or cannot be tokenised."""
+
+
+class UnsupportedModelError(SteerkitError, TypeError):
+    """The model is not a decoder whose blocks hand one residual stream from each to the next."""
+
+
+class SteerkitWarning(UserWarning):
+    """Something is valid and probably not wanted, such as a probe at chance."""

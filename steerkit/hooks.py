@@ -1,0 +1,271 @@
+"""What a hook must know and cannot see from where it sits: which row is which sample, which column which position.
+
+A hook on a block sees `"batch pos d_model"` and nothing else. Where those columns lie in the sequence, and which rows
+belong to one sample, depends on how decoding runs: a cache or none, chunked prefill, prompt and candidates in one
+pass, beams. So while steering is attached, `generate` is wrapped on the instance and records the prompts, and a pre-hook
+on the module that owns the blocks places each forward pass at cache length + arange. Everything is taken off again by
+`Clock.release`.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from steerkit.errors import AttachError
+
+Where = bool | Tensor
+"""Positions to edit in a forward pass: all, none, or a mask that broadcasts to `"batch pos"`."""
+
+
+class Generation:
+    """One call of `generate`: its prompts. The prompt is all that was passed; a carried cache stays as it is."""
+
+    def __init__(self, samples: int, length: int, mask: Tensor | None) -> None:
+        self.samples = samples
+        self.length = length
+        self.mask = mask
+        """`"sample pos"`: real tokens of the prompts; None if there is no padding."""
+        self.last = None if mask is None else length - 1 - mask.flip(-1).int().argmax(dim=-1)
+        """`"sample"`: the column of the last real token."""
+        self.seen = 0
+        """Columns run so far, for caches that do not know their length (state-space models)."""
+
+
+class Moment:
+    """One forward pass: its rows, and where its columns lie."""
+
+    def __init__(
+        self, rows: int, length: int, start: int | Tensor, device: torch.device, mask: Any, generation: Generation | None
+    ) -> None:
+        self.rows = rows
+        self.length = length
+        self.start = start
+        self.device = device
+        self.generation = generation
+        self._mask = mask
+        self._where: dict[str, Where] = {}
+
+    @property
+    def samples(self) -> int:
+        """Samples among the rows: the recorded prompts, or the rows themselves in a bare forward pass."""
+        return self.rows if self.generation is None else self.generation.samples
+
+    def sample_of_row(self) -> Tensor:
+        """Return `"batch"`: which sample each row belongs to, in `repeat_interleave` order."""
+        return torch.arange(self.rows, device=self.device) // (self.rows // self.samples)
+
+    def where(self, positions: str) -> Where:
+        """Return the positions of this pass that `positions` names; padding is never among them."""
+        if positions not in self._where:
+            place = self._in_bare_forward if self.generation is None else self._in_generation
+            self._where[positions] = place(positions)
+        return self._where[positions]
+
+    def _in_bare_forward(self, positions: str) -> Where:
+        """A bare forward pass is all prompt."""
+        if positions == "generated":
+            return False
+        real = _real_columns(self._mask, self.rows, self.length)
+        columns = torch.arange(self.length, device=self.device)
+        if real is None:
+            return True if positions != "last" or self.length == 1 else (columns == self.length - 1)[None]
+        if positions != "last":
+            return real
+        last = self.length - 1 - real.flip(-1).int().argmax(dim=-1)
+        return real & (columns >= last[:, None])
+
+    def _in_generation(self, positions: str) -> Where:
+        generation = self.generation
+        assert generation is not None
+        prompt = generation.length
+        if positions == "all" and generation.mask is None:
+            return True
+        if isinstance(self.start, int) and not torch.compiler.is_compiling():
+            if self.start >= prompt:
+                return positions != "prompt"
+            if self.start + self.length <= prompt and positions == "generated":
+                return False
+        columns = self.start + torch.arange(self.length, device=self.device)
+        in_prompt = (columns < prompt)[None]
+        if positions == "generated":
+            return ~in_prompt
+        if generation.mask is None or generation.last is None:
+            return (columns >= prompt - 1)[None] if positions == "last" else in_prompt
+        sample = self.sample_of_row()
+        mask = generation.mask.to(self.device)[sample]
+        places = columns.clamp(max=prompt - 1).expand(self.rows, self.length)
+        in_real_prompt = mask.gather(1, places) & in_prompt
+        if positions == "prompt":
+            return in_real_prompt
+        real = in_real_prompt | ~in_prompt
+        if positions == "all":
+            return real
+        return real & (columns >= generation.last.to(self.device)[sample][:, None])
+
+
+def _real_columns(mask: Any, rows: int, length: int) -> Tensor | None:
+    """Return `"batch pos"`, the real tokens of a bare forward pass, from whatever attention mask it was given."""
+    if isinstance(mask, dict):
+        mask = next((m for m in mask.values() if m is not None), None)
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
+        raise AttachError(
+            "Steering must know which tokens are padding. Found an attention mask of type "
+            f"{type(mask).__name__} in a bare forward pass. Pass the 2-D mask that the tokenizer returns."
+        )
+    if mask.ndim == 4:
+        allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        mask = allowed.any(dim=-2).any(dim=1)
+        mask = mask.expand(rows, mask.shape[-1])
+    return mask[:, -length:].bool()
+
+
+class Clock:
+    """The wrapped `generate` and the pre-hook of one model, shared by all Controllers that are attached to it."""
+
+    _running: "WeakKeyDictionary[nn.Module, Clock]" = WeakKeyDictionary()
+
+    def __init__(self, model: Any, owner: nn.Module) -> None:
+        self.model = model
+        self.generations: list[Generation] = []
+        self.listeners: list[Callable[[Moment], None]] = []
+        self.on_generate: list[Callable[[int], None]] = []
+        self.compiled = False
+        """Set when a pass is traced: hooks added later would not be part of it."""
+        names = list(inspect.signature(type(owner).forward).parameters)[1:]
+        self._place = {name: index for index, name in enumerate(names)}
+        self._stack = ExitStack()
+
+    @classmethod
+    def of(cls, model: Any, owner: nn.Module) -> "Clock":
+        """Return the running clock of a model, or start one; `owner` is the module that runs through the blocks."""
+        clock = cls._running.get(model)
+        if clock is None:
+            clock = cls(model, owner)
+            with ExitStack() as stack:
+                cls._running[model] = clock
+                stack.callback(cls._running.pop, model, None)
+                handle = owner.register_forward_pre_hook(clock._begin, with_kwargs=True)
+                stack.callback(handle.remove)
+                clock._wrap_generate(stack)
+                clock._stack = stack.pop_all()
+        return clock
+
+    def release(self) -> None:
+        """Stop once nobody listens, and leave the model as it was found."""
+        if not self.listeners:
+            self._stack.close()
+
+    def _wrap_generate(self, stack: ExitStack) -> None:
+        model = self.model
+        original = getattr(model, "generate", None)
+        if original is None:
+            return
+        own = model.__dict__.get("generate")
+        signature = inspect.signature(original)
+
+        @functools.wraps(original)
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            bound = signature.bind_partial(*args, **kwargs).arguments
+            given = {**bound.pop("kwargs", {}), **bound}
+            generation = _describe(model, given)
+            for listener in self.on_generate:
+                listener(generation.samples)
+            self.generations.append(generation)
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self.generations.pop()
+
+        def restore() -> None:
+            if own is None:
+                model.__dict__.pop("generate", None)
+            else:
+                model.__dict__["generate"] = own
+
+        stack.callback(restore)
+        model.__dict__["generate"] = generate
+
+    def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Place a forward pass before its first block runs."""
+        if torch.compiler.is_compiling():
+            self.compiled = True
+        if kwargs.get("cu_seq_lens_q") is not None:
+            raise AttachError(
+                "Rows of a forward pass must be samples. Found packed sequences (continuous batching). "
+                "Use generate, or forward passes with one sample a row."
+            )
+
+        def argument(name: str) -> Any:
+            if name in kwargs:
+                return kwargs[name]
+            index = self._place.get(name, len(args))
+            return args[index] if index < len(args) else None
+
+        tokens = argument("input_ids")
+        tokens = argument("inputs_embeds") if tokens is None else tokens
+        rows, length = tokens.shape[0], tokens.shape[1]
+        generation = self.generations[-1] if self.generations else None
+        cache = argument("past_key_values")
+        if cache is not None:
+            start = _cache_length(cache)
+        else:
+            start = 0 if argument("cache_params") is None else None
+        if start is None:
+            start = 0 if generation is None else generation.seen
+        if generation is not None and argument("cache_params") is not None:
+            generation.seen += length
+        moment = Moment(rows, length, start, tokens.device, argument("attention_mask"), generation)
+        for listener in self.listeners:
+            listener(moment)
+
+
+def _cache_length(cache: Any) -> int | Tensor | None:
+    """Return how many columns a cache holds, as a tensor for static caches, or None if it does not know."""
+    try:
+        return cache.get_seq_length()
+    except ValueError:
+        return None
+
+
+def _describe(model: Any, given: dict[str, Any]) -> Generation:
+    """Read the prompts off the arguments of `generate`."""
+    tokens = given.get("inputs")
+    tokens = given.get("input_ids") if tokens is None else tokens
+    embeds = given.get("inputs_embeds")
+    main = tokens if embeds is None else embeds
+    if main is None:
+        return Generation(1, 1, None)
+    mask = given.get("attention_mask")
+    if mask is None and embeds is None:
+        mask = _inferred_mask(model, main, given)
+    if mask is not None:
+        mask = mask.bool()
+        if mask.shape[1] < main.shape[1]:
+            mask = None
+    length = main.shape[1] if mask is None else mask.shape[1]
+    return Generation(main.shape[0], length, None if mask is None or bool(mask.all()) else mask)
+
+
+def _inferred_mask(model: Any, tokens: Tensor, given: dict[str, Any]) -> Tensor | None:
+    """Follow transformers' rule for prompts without a mask: pad tokens are padding unless they end sequences too."""
+    config = given.get("generation_config") or model.generation_config
+
+    def setting(name: str) -> Any:
+        value = given.get(name)
+        value = getattr(config, name, None) if value is None else value
+        return getattr(model.generation_config, name, None) if value is None else value
+
+    pad, eos = setting("pad_token_id"), setting("eos_token_id")
+    ends = eos if isinstance(eos, list | tuple) else [eos]
+    if pad is None or pad in ends:
+        return None
+    mask = tokens != pad
+    return None if bool(mask.all()) else mask

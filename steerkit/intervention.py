@@ -1,0 +1,440 @@
+"""What may be done to a module's output, as pure functions: the one abstraction that a Controller knows.
+
+An `Intervention` says where it acts (layers, positions), with what amount, and what it does there. All interventions
+of one site are applied together by `edit_site`: additions in the order of the list, then every constraint and erasure
+as one problem, so that after the edit each of them holds. Nothing here knows about hooks, which is why the same edit runs
+in a hook, inside a trace and in a test without a model.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any, NamedTuple, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from steerkit.errors import AmountError, DependentConceptsError
+from steerkit.maths.minimal_edit import OFF, EditProblem
+from steerkit.model import Fingerprint
+from steerkit.types import POSITIONS, Amount, Positions
+
+Where = bool | Tensor
+
+
+class Amounts(NamedTuple):
+    """An amount as numbers: what each sample gets at each layer."""
+
+    values: Tensor
+    """`"sample layer"` float64; one row if all samples share it."""
+    samples: int | None
+    """How many samples it was given for; None if all share it."""
+
+    @classmethod
+    def read(cls, amount: Amount, layers: Sequence[int], name: str) -> "Amounts":
+        """Return a number, `"sample"`, `"sample layer"` or `{layer: number or "sample"}` in one shape.
+
+        Raises:
+            AmountError: another shape, other layers, NaN or infinity.
+        """
+        if isinstance(amount, Mapping):
+            if set(amount) != set(layers):
+                raise AmountError(
+                    f"`{name}` must name the layers it acts on, {tuple(layers)}. Found {tuple(amount)}. "
+                    "Give each layer its amount."
+                )
+            columns = [cls.read(amount[layer], [layer], name) for layer in layers]
+            counts = {column.samples for column in columns if column.samples is not None}
+            if len(counts) > 1:
+                raise AmountError(f"`{name}` must have as many values at each layer. Found {sorted(counts)} samples.")
+            samples = next(iter(counts), None)
+            return cls(torch.cat([c.values.expand(samples or 1, 1) for c in columns], dim=1), samples)
+        values = _numbers(amount, name)
+        if not bool(values.isfinite().all()):
+            raise AmountError(f"`{name}` must be finite. Found {_short(values)}. Use 0 (or a bound of 0 or 1) for off.")
+        if values.ndim == 0:
+            return cls(values.expand(1, len(layers)).clone(), None)
+        if values.ndim == 1 and len(values) > 0:
+            return cls(values[:, None].expand(-1, len(layers)).clone(), len(values))
+        if values.ndim == 2 and len(values) > 0 and values.shape[1] == len(layers):
+            return cls(values.clone(), len(values))
+        raise AmountError(
+            f"`{name}` must be a number, (samples,), or (samples, {len(layers)}) for layers {tuple(layers)}. Found "
+            f"shape {tuple(values.shape)}. Pass one value a sample, or one a sample and layer.",
+            shape=tuple(values.shape),
+        )
+
+
+def _numbers(amount: Any, name: str) -> Tensor:
+    if isinstance(amount, Tensor):
+        if amount.dtype == torch.bool or amount.is_complex():
+            raise AmountError(f"`{name}` must be a number. Found a tensor of {amount.dtype}. Convert it.")
+        return amount.detach().to("cpu", torch.float64)
+    if isinstance(amount, bool | str | bytes) or amount is None:
+        raise AmountError(f"`{name}` must be a number. Found {amount!r}. Pass a float, a tensor, or {{layer: number}}.")
+    if isinstance(amount, Real):
+        return torch.tensor(float(amount), dtype=torch.float64)
+    try:
+        return torch.as_tensor(amount, dtype=torch.float64).clone()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise AmountError(
+            f"`{name}` must be a number. Found {amount!r:.60}. Pass a float, a tensor, or {{layer: number}}."
+        ) from error
+
+
+def _short(values: Tensor) -> str:
+    shown = ", ".join(f"{value:g}" for value in values.flatten()[:8].tolist())
+    return f"[{shown}{', ...' if values.numel() > 8 else ''}]"
+
+
+class Shift(NamedTuple):
+    """At one site: move along a direction by the amount."""
+
+    direction: Tensor
+
+
+class Bound(NamedTuple):
+    """At one site: hold a probe's logit at least (+1), at most (-1) or exactly (0) at the amount."""
+
+    weight: Tensor
+    bias: float
+    direction: Tensor
+    sense: int
+    cap: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Intervention(ABC):
+    """What to do to the residual stream, where, and how much; made by `Concept.add`, `.erase` and `.constrain`."""
+
+    name: str
+    """The key for `Controller.using` and `Controller.magnitudes`; unique within a Controller."""
+    layers: tuple[int, ...]
+    """Decoder blocks after which it acts, in order."""
+    positions: Positions
+    amount: Amount
+    fingerprint: Fingerprint | None = field(repr=False)
+    """The base model that it was made on."""
+
+    def __post_init__(self) -> None:
+        if self.positions not in POSITIONS:
+            raise AmountError(f"`positions` must be one of {', '.join(POSITIONS)}. Found {self.positions!r}. Choose one.")
+        self.read(self.amount)
+
+    @property
+    @abstractmethod
+    def d_model(self) -> int:
+        """Width of the residual stream that it acts on."""
+
+    @property
+    @abstractmethod
+    def off(self) -> float:
+        """The amount, as `read` returns it, that edits nothing."""
+
+    @abstractmethod
+    def read(self, amount: Amount) -> Amounts:
+        """Return an amount in the unit of the edit, checked: a magnitude, or a logit for a bound."""
+
+    @abstractmethod
+    def at(self, layer: int) -> Shift | Bound:
+        """Return what it does at one layer."""
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Addition(Intervention):
+    """`h' = h + m u`: a constant step along a unit direction, m in units of the residual stream."""
+
+    directions: Mapping[int, Tensor] = field(repr=False)
+
+    @property
+    def d_model(self) -> int:
+        return len(self.directions[self.layers[0]])
+
+    @property
+    def off(self) -> float:
+        return 0.0
+
+    def read(self, amount: Amount) -> Amounts:
+        return Amounts.read(amount, self.layers, "magnitude")
+
+    def at(self, layer: int) -> Shift:
+        return Shift(self.directions[layer])
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Erasure(Intervention):
+    """`h' = h - (u . h) u`: the component along a unit direction is removed; the amount is 1 (on) or 0 (off)."""
+
+    directions: Mapping[int, Tensor] = field(repr=False)
+
+    @property
+    def d_model(self) -> int:
+        return len(self.directions[self.layers[0]])
+
+    @property
+    def off(self) -> float:
+        return 0.0
+
+    def read(self, amount: Amount) -> Amounts:
+        amounts = Amounts.read(amount, self.layers, self.name)
+        if not bool(((amounts.values == 0) | (amounts.values == 1)).all()):
+            raise AmountError(f"An erasure is on (1) or off (0). Found {_short(amounts.values)}. Use `add` for a dose.")
+        return amounts
+
+    def at(self, layer: int) -> Bound:
+        direction = self.directions[layer]
+        return Bound(direction, 0.0, direction, 0)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Constraint(Intervention):
+    """`P(h') <= p` or `P(h') >= p` by the least edit along a direction; rows that hold it already are untouched.
+
+    GCAV, arXiv:2501.05764, equations 6 and 7, with any direction u for which w . u > 0.
+    """
+
+    sense: int
+    """+1: at least, -1: at most."""
+    weights: Mapping[int, Tensor] = field(repr=False)
+    biases: Mapping[int, float] = field(repr=False)
+    directions: Mapping[int, Tensor] = field(repr=False)
+    max_magnitude: float | None = None
+    """Largest edit, as a fraction of the norm of the hidden state; a capped row is out of the promise."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        cap = self.max_magnitude
+        if cap is not None and not (isinstance(cap, Real) and math.isfinite(cap) and cap > 0):
+            raise AmountError(
+                f"`max_magnitude` must be a positive fraction of the residual norm. Found {cap!r}. Try 0.1."
+            )
+
+    @property
+    def d_model(self) -> int:
+        return len(self.directions[self.layers[0]])
+
+    @property
+    def off(self) -> float:
+        return -self.sense * OFF
+
+    def read(self, amount: Amount) -> Amounts:
+        word = "at_least" if self.sense > 0 else "at_most"
+        amounts = Amounts.read(amount, self.layers, word)
+        probability = amounts.values
+        if bool(((probability < 0) | (probability > 1)).any()):
+            raise AmountError(f"`{word}` must be a probability. Found {_short(probability)}. Use 0 <= {word} <= 1.")
+        never = 1.0 if self.sense > 0 else 0.0
+        if bool((probability == never).any()):
+            raise AmountError(
+                f"`{word}={never:g}` asks for an infinite edit. A bound strictly inside (0, 1) is required. "
+                f"Use for example {word}={abs(never - 1e-3):g}."
+            )
+        logit = torch.logit(probability).clamp(-OFF, OFF)
+        return Amounts(logit, amounts.samples)
+
+    def at(self, layer: int) -> Bound:
+        return Bound(self.weights[layer], self.biases[layer], self.directions[layer], self.sense, self.max_magnitude)
+
+
+class SiteEdit:
+    """All interventions of one site, prepared: what does not depend on rows or amounts is computed once."""
+
+    def __init__(self, interventions: Sequence[Intervention], layer: int, device: torch.device | None = None) -> None:
+        parts = [intervention.at(layer) for intervention in interventions]
+        self.names = [intervention.name for intervention in interventions]
+        self.layer = layer
+        self.shifts = [(i, part.direction.float().to(device)) for i, part in enumerate(parts) if isinstance(part, Shift)]
+        self.bounds = [i for i, part in enumerate(parts) if isinstance(part, Bound)]
+        self.problem: EditProblem | None = None
+        self.erasures: list[int] = []
+        self.caps: Tensor | None = None
+        bounds = [part for part in parts if isinstance(part, Bound)]
+        if bounds:
+            self.problem = EditProblem.build(
+                torch.stack([bound.weight.float() for bound in bounds]),
+                torch.tensor([bound.bias for bound in bounds]),
+                torch.tensor([bound.sense for bound in bounds]),
+                torch.stack([bound.direction.float() for bound in bounds]),
+            )
+            self._refuse_dependent(self.problem)
+            self.problem = self.problem.to(device) if device is not None else self.problem
+            self.erasures = [k for k, bound in enumerate(bounds) if bound.sense == 0]
+            if any(bound.cap is not None for bound in bounds):
+                caps = [math.inf if bound.cap is None else bound.cap for bound in bounds]
+                self.caps = torch.tensor(caps, dtype=torch.float32, device=device)
+
+    def to(self, device: torch.device) -> None:
+        """Move the prepared tensors."""
+        self.shifts = [(i, direction.to(device)) for i, direction in self.shifts]
+        self.problem = None if self.problem is None else self.problem.to(device)
+        self.caps = None if self.caps is None else self.caps.to(device)
+
+    def _refuse_dependent(self, problem: EditProblem) -> None:
+        pair = problem.dependent_pair()
+        if pair is None:
+            return
+        first, second = (self.names[self.bounds[k]] for k in pair)
+        raise DependentConceptsError(
+            f"Bounds at one layer must be independent. Found that {first!r} and {second!r} are not at layer {self.layer}: "
+            "moving one moves the other as much. Leave one out, or put them at different layers.",
+            pair=(first, second),
+            layer=self.layer,
+        )
+
+    def refuse_contradiction(self, amounts: Sequence[Tensor]) -> None:
+        """Raise if bounds on parallel probes leave no room between them; amounts are `"sample"` in the edit's unit."""
+        problem = self.problem
+        if problem is None:
+            return
+        for first, second in problem.parallel_pairs():
+            axis = F.normalize(problem.weight[first].double().cpu(), dim=0)
+            low, high = torch.tensor(-math.inf), torch.tensor(math.inf)
+            for k in (first, second):
+                slope = float(problem.weight[k].double().cpu() @ axis)
+                amount = amounts[self.bounds[k]]
+                exact = bool(problem.equality[k])
+                place = ((torch.zeros_like(amount) if exact else amount) - float(problem.bias[k])) / slope
+                upwards = float(problem.sense[k]) * slope > 0
+                off = amount == 0 if exact else amount.abs() >= OFF
+                if exact or upwards:
+                    low = torch.maximum(low, torch.where(off, -math.inf, place))
+                if exact or not upwards:
+                    high = torch.minimum(high, torch.where(off, math.inf, place))
+            if bool((low > high + 1e-9 * (1 + high.abs())).any()):
+                names = tuple(self.names[self.bounds[k]] for k in (first, second))
+                raise DependentConceptsError(
+                    f"Bounds on one probe must leave room between them. Found that {names[0]!r} and {names[1]!r} "
+                    f"contradict each other at layer {self.layer}. Lower one of them.",
+                    pair=names,
+                    layer=self.layer,
+                )
+
+    def edit(
+        self, output: Tensor, amounts: Sequence[Tensor], where: Sequence[Where]
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Return the edited `"batch pos d_model"` and each intervention's signed magnitudes, `"batch pos"` or None."""
+        magnitudes: list[Tensor | None] = [None] * len(self.names)
+        with torch.autocast(output.device.type, enabled=False):
+            hidden = self._shift(output, amounts, where, magnitudes)
+            hidden = self._meet_bounds(hidden, amounts, where, magnitudes)
+        return hidden, magnitudes
+
+    def _shift(
+        self, hidden: Tensor, amounts: Sequence[Tensor], where: Sequence[Where], magnitudes: list[Tensor | None]
+    ) -> Tensor:
+        steps: list[Tensor] = []
+        touched: list[Tensor] = []
+        for i, direction in self.shifts:
+            here = where[i]
+            if here is False:
+                continue
+            magnitude = amounts[i].float()[:, None]
+            if isinstance(here, Tensor):
+                touched.append(here)
+                magnitude = torch.where(here, magnitude, 0.0)
+            magnitudes[i] = magnitude
+            steps.append(magnitude[..., None] * direction)
+        if not steps:
+            return hidden
+        moved = hidden + sum(steps[1:], steps[0]).to(hidden.dtype)
+        if len(touched) < len(steps):
+            return moved
+        return torch.where(torch.stack(torch.broadcast_tensors(*touched)).any(dim=0)[..., None], moved, hidden)
+
+    def _meet_bounds(
+        self, hidden: Tensor, amounts: Sequence[Tensor], where: Sequence[Where], magnitudes: list[Tensor | None]
+    ) -> Tensor:
+        problem = self.problem
+        if problem is None or all(where[i] is False for i in self.bounds):
+            return hidden
+        reading = problem.read(hidden)
+        logit = torch.stack([amounts[i] for i in self.bounds], dim=-1)[:, None]
+        on = torch.ones_like(reading, dtype=torch.bool)
+        for k, i in enumerate(self.bounds):
+            on[..., k] &= where[i]
+        if self.erasures:
+            kept = torch.ones_like(logit, dtype=torch.bool)
+            kept[..., self.erasures] = logit[..., self.erasures] != 0
+            on = on & kept
+            logit = torch.where(problem.equality, 0.0, logit)
+        signed = problem.solve(reading, logit, on).to(problem.direction.dtype)
+        if self.caps is not None:
+            limit = self.caps * hidden.to(signed.dtype).norm(dim=-1, keepdim=True)
+            signed = torch.minimum(torch.maximum(signed, -limit), limit)
+        for k, i in enumerate(self.bounds):
+            magnitudes[i] = signed[..., k]
+        edited = (hidden.to(signed.dtype) + signed @ problem.direction).to(hidden.dtype)
+        return torch.where((signed != 0).any(dim=-1, keepdim=True), edited, hidden)
+
+    def everywhere(self, amounts: Sequence[Tensor], like: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """Return the edit of every position with these amounts as a few tensor operations, or None if it takes more.
+
+        This is what decoding runs for each layer and token. It equals `edit` up to the rounding of one logit.
+        """
+        vector: Tensor | None = None
+        if self.shifts:
+            steps = [amounts[i].float()[:, None, None] * direction for i, direction in self.shifts]
+            vector = sum(steps[1:], steps[0]).to(like.dtype)
+            vector = vector[0, 0] if len(vector) == 1 else vector
+        if self.problem is None:
+            return None if vector is None else lambda hidden: hidden + vector
+        if len(self.bounds) > 1 or self.caps is not None:
+            return None
+        bound = self._one_bound(self.problem, amounts[self.bounds[0]], like.dtype)
+        if bound is None or vector is None:
+            return bound
+        return lambda hidden: bound(hidden + vector)
+
+    def _one_bound(self, problem: EditProblem, amount: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
+        gain, sense = problem.scale[0] ** 2, problem.sense[0]
+        erasure = bool(self.erasures)
+        if erasure and bool((amount == 0).any()):
+            return None
+        target = torch.zeros_like(amount) if erasure else amount
+        wide = problem.direction.dtype
+        rise = (-sense / gain * problem.weight).to(wide)
+        short = (sense / gain * (target - problem.bias[0])).to(wide)
+        step = (sense * problem.direction[0]).to(wide)
+        shared = len(short) == 1
+        missing = short if shared else short[:, None, None]
+        linear, addcmul = F.linear, torch.addcmul
+
+        def bound(hidden: Tensor) -> Tensor:
+            length = linear(hidden, rise, missing) if shared else linear(hidden, rise).add_(missing)
+            return addcmul(hidden, length if erasure else length.relu_(), step)
+
+        if dtype == wide:
+            return bound
+        return lambda hidden: bound(hidden.to(wide)).to(dtype)
+
+
+def edit_site(
+    interventions: Sequence[Intervention],
+    input: Any,
+    output: Tensor,
+    amounts: Sequence[Tensor],
+    where: Where | Sequence[Where],
+    state: Any = None,
+    *,
+    layer: int,
+) -> tuple[Tensor, Any]:
+    """Return a site's output as all its interventions together leave it, and the state for the next forward pass.
+
+    Args:
+        interventions: those that act at `layer`, in the order of the Controller's list.
+        input: what the module was given; the kinds that act on the residual stream do not need it.
+        output: `"batch pos d_model"`.
+        amounts: one `"batch"` (or one-entry) tensor an intervention, in the unit of `Intervention.read`.
+        where: which positions to edit, `"batch pos"` or True, for all interventions or for each.
+        state: what a condition or a schedule carries on; returned as it came for the kinds above.
+        layer: the decoder block whose output this is.
+    """
+    each = [where] * len(interventions) if isinstance(where, bool | Tensor) else list(where)
+    edited, _ = SiteEdit(interventions, layer, output.device).edit(output, amounts, each)
+    return edited, state

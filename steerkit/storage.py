@@ -1,0 +1,169 @@
+"""One safetensors file with one JSON header: written atomically, checked on reading, executing nothing.
+
+The header lies under the key `steerkit` of the file's metadata: kind, format version, steerkit version, and whatever
+the kind adds, such as the base model's fingerprint.
+"""
+
+import json
+import os
+import stat
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from steerkit.errors import ArtefactError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a file holds: its kind, header and tensors."""
+
+    path: Path
+    kind: str
+    header: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    def broken(self, why: str) -> ArtefactError:
+        """Return the error for a file whose parts do not fit each other."""
+        return ArtefactError(f"{self.path} must hold a consistent {self.kind}. Found {why}. Make the file again.")
+
+    def tensor(self, name: str, *shape: int, finite: bool = True) -> Tensor:
+        """Return one tensor; its shape (-1: any) and, unless told otherwise, its finiteness are checked."""
+        found = self.tensors.get(name)
+        if found is None:
+            raise self.broken(f"no tensor {name!r}")
+        fits = len(found.shape) == len(shape) and all(
+            want in (-1, have) for want, have in zip(shape, found.shape, strict=True)
+        )
+        if not fits:
+            raise self.broken(f"{name!r} of shape {tuple(found.shape)} where {shape} belongs")
+        if not found.is_floating_point() or (finite and not bool(found.isfinite().all())):
+            raise self.broken(f"{name!r} with values that are not finite numbers")
+        return found
+
+    def entry(self, name: str, kind: type | tuple[type, ...]) -> Any:
+        """Return one entry of the header; its type is checked."""
+        value = self.header.get(name)
+        if not isinstance(value, kind):
+            raise self.broken(f"{name} = {value!r:.60} in the header")
+        return value
+
+
+def package_version() -> str:
+    """Return the installed version of the distribution."""
+    try:
+        return version("steerkit-sdk")
+    except PackageNotFoundError:
+        return "0+unknown"
+
+
+def write(
+    path: str | os.PathLike[str],
+    kind: str,
+    header: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Write an artefact: temporary file in the same folder, fsync, rename; a failed write changes nothing.
+
+    Raises:
+        ArtefactError: the path is a folder, its folder is missing, or it is read-only.
+    """
+    target = Path(path)
+    held = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    full: dict[str, Any] = {**header, "kind": kind, "format": FORMAT, "steerkit": package_version()}
+    blob = save(held, metadata={"steerkit": json.dumps(full, allow_nan=False)})
+    write_bytes(target, blob)
+
+
+def write_bytes(target: Path, blob: bytes) -> None:
+    """Replace a file by new bytes, or leave it as it was."""
+    if target.is_dir():
+        raise ArtefactError(f"A file path is required. Found the folder {target}. Add a file name.")
+    if not target.parent.is_dir():
+        raise ArtefactError(f"The folder {target.parent} must exist. It does not. Create it first.")
+    mode = target.stat().st_mode if target.exists() else None
+    if mode is not None and not mode & stat.S_IWUSR:
+        raise ArtefactError(f"{target} must be writable. Found a read-only file. Choose another path.")
+    temporary: str | None = None
+    try:
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        with os.fdopen(handle, "wb") as file:
+            file.write(blob)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, stat.S_IMODE(mode) if mode is not None else 0o666 & ~_umask())
+        os.replace(temporary, target)
+        temporary = None
+    except OSError as error:
+        raise ArtefactError(
+            f"{target} could not be written ({error.strerror}). Nothing was changed. Free space or choose another path."
+        ) from error
+    finally:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def read(path: str | os.PathLike[str]) -> Stored:
+    """Read an artefact; nothing in the file is executed.
+
+    Raises:
+        ArtefactError: the file is missing, damaged, not ours, or from a newer format.
+    """
+    source = Path(path)
+    if source.is_dir():
+        raise ArtefactError(f"A steerkit file is required. Found the folder {source}. Name the file in it.")
+    if not source.exists():
+        raise ArtefactError(f"A steerkit file is required. {source} does not exist. Check the path.")
+    try:
+        with safe_open(source, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise ArtefactError(
+            f"{source} must be a safetensors file. Found {_looks_like(source)} ({str(error).splitlines()[0]:.120}). "
+            "Make or download it again."
+        ) from error
+    if "steerkit" not in metadata:
+        raise ArtefactError(
+            f"{source} must be written by steerkit. Found a safetensors file without its header. Use artefact.save(path)."
+        )
+    try:
+        header = json.loads(metadata["steerkit"])
+        kind, made = header["kind"], header["format"]
+        if not isinstance(kind, str) or not isinstance(made, int):
+            raise TypeError("kind and format")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ArtefactError(
+            f"{source} must carry a valid steerkit header. Found a damaged one ({type(error).__name__}: {error!s:.80}). "
+            "Make or download it again."
+        ) from error
+    if made > FORMAT:
+        raise ArtefactError(
+            f"{source} has format {made}; this steerkit ({package_version()}) reads up to {FORMAT}. Upgrade steerkit-sdk."
+        )
+    return Stored(source, kind, header, tensors)
+
+
+def _looks_like(path: Path) -> str:
+    with path.open("rb") as file:
+        start = file.read(4)
+    if not start:
+        return "an empty file"
+    if start[:2] == b"PK" or start[:1] == b"\x80":
+        return "a pickle or zip archive, which is never opened"
+    return "a truncated, damaged or foreign file"

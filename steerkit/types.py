@@ -1,0 +1,29 @@
+"""Shared vocabulary of signatures. Axis words of shapes, the same everywhere:
+
+`batch` rows of a forward pass · `pos` token positions, padding included · `d_model` residual width · `layer` selected
+layers in order · `concept` probes in a joint solve · `example` rows of a fit set · `sample` rows that the user passed.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, TypeAlias, get_args
+
+from torch import Tensor
+
+Layer: TypeAlias = int
+"""Index of a decoder block, 0-based; "at layer l" means the residual stream after block l."""
+
+Layers: TypeAlias = int | Iterable[int]
+
+Amount: TypeAlias = float | Sequence[float] | Tensor | Mapping[int, float | Sequence[float] | Tensor]
+"""A magnitude or a bound: one number; `"sample"`; `"sample layer"`; or `{layer: any of the first two}`."""
+
+Positions: TypeAlias = Literal["last", "all", "prompt", "generated"]
+"""`last`: the last prompt position and every later one. Padding is never edited, whatever the choice."""
+
+POSITIONS: tuple[str, ...] = get_args(Positions)
+
+Direction: TypeAlias = Literal["probe", "pattern", "mean_difference"]
+DIRECTIONS: tuple[str, ...] = get_args(Direction)
+
+Text: TypeAlias = str | Sequence[Mapping[str, Any]]
+"""Plain text, or a conversation as a list of `{"role": ..., "content": ...}` messages."""
