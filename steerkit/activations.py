@@ -59,7 +59,12 @@ class Activations:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, atomically."""
         tensors = {f"layer.{layer}": states for layer, states in self.states.items()}
-        header = {"name": "activations", "layers": list(self.layers), "read": self.read, "digests": list(self.digests)}
+        header: dict[str, Any] = {
+            "name": "activations",
+            "layers": list(self.layers),
+            "read": self.read,
+            "digests": list(self.digests),
+        }
         if self.fingerprint is not None:
             header["base_model"] = self.fingerprint.header()
             tensors["base_model.values"] = self.fingerprint.values
@@ -125,7 +130,8 @@ def record(
     for index, ids in enumerate(tokens):
         if limit is not None and len(ids) > limit:
             raise TextsError(
-                f"A text may have {limit} tokens on this model. Found {len(ids)} in text {index}. Shorten it.", index=index
+                f"A text may have {limit} tokens on this model. Found {len(ids)} in text {index}. Shorten it.",
+                index=index,
             )
     order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]), reverse=True)
     states = {layer: torch.empty(len(tokens), decoder.d_model) for layer in chosen}
@@ -137,9 +143,8 @@ def record(
             stack.callback(decoder.blocks[layer].register_forward_hook(reader.hook(layer)).remove)
         bar = stack.enter_context(tqdm(total=len(texts), desc="recording", unit="text", disable=not progress))
         for rows in _batches(order, [len(ids) for ids in tokens], batch_size):
-            ids, mask = _pad([tokens[i] for i in rows])
-            reader.mask = mask
-            decoder.body(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
+            padded, reader.mask = _pad([tokens[i] for i in rows])
+            decoder.body(input_ids=padded.to(device), attention_mask=reader.mask.to(device), use_cache=False)
             for layer in chosen:
                 states[layer][rows] = reader.kept[layer]
             bar.update(len(rows))
@@ -191,7 +196,8 @@ def checked_texts(texts: Sequence[Text], name: str) -> list[Text]:
                 "Wrap the messages of one conversation in a list of their own."
             )
         valid = isinstance(text, Sequence) and all(
-            isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in text
+            isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+            for m in text
         )
         if not valid or not text:
             raise TextsError(
@@ -204,7 +210,7 @@ def checked_texts(texts: Sequence[Text], name: str) -> list[Text]:
 
 def tokenise(tokenizer: Any, texts: Sequence[Text]) -> list[list[int]]:
     """Return token ids, unpadded; chat messages go through the template once and get no second special tokens."""
-    backend = getattr(tokenizer, "_tokenizer", None)
+    backend: Any = getattr(tokenizer, "_tokenizer", None)
     kept = (getattr(backend, "padding", None), getattr(backend, "truncation", None))
     try:
         tokens = []
@@ -213,7 +219,9 @@ def tokenise(tokenizer: Any, texts: Sequence[Text]) -> list[list[int]]:
             rendered = text if isinstance(text, str) else _rendered(tokenizer, text, index)
             ids = tokenizer(rendered, add_special_tokens=plain, padding=False, truncation=False, verbose=False)
             if not ids["input_ids"]:
-                raise TextsError(f"A text must have at least one token. Found none in text {index}. Leave it out.", index=index)
+                raise TextsError(
+                    f"A text must have at least one token. Found none in text {index}. Leave it out.", index=index
+                )
             tokens.append(list(ids["input_ids"]))
         return tokens
     finally:
@@ -226,7 +234,8 @@ def tokenise(tokenizer: Any, texts: Sequence[Text]) -> list[list[int]]:
 def _rendered(tokenizer: Any, messages: Sequence[Mapping[str, Any]], index: int) -> str:
     if getattr(tokenizer, "chat_template", None) is None:
         raise TextsError(
-            f"Chat messages need a tokenizer with a chat template. Found none (text {index}). Pass strings.", index=index
+            f"Chat messages need a tokenizer with a chat template. Found none (text {index}). Pass strings.",
+            index=index,
         )
     answered = messages[-1]["role"] == "assistant"
     return tokenizer.apply_chat_template(

@@ -111,7 +111,9 @@ class Controller:
             AttachError: already attached, or the model was compiled before.
         """
         if self._stack is not None:
-            raise AttachError("A Controller can be attached once at a time. Found it attached. Detach it, or make another.")
+            raise AttachError(
+                "A Controller can be attached once at a time. Found it attached. Detach it, or make another."
+            )
         self._refuse_compiled()
         stack = ExitStack()
         try:
@@ -122,9 +124,10 @@ class Controller:
                     "Hooks must be on before the model is compiled. Found that it was compiled under another Controller. "
                     "Attach both first, then compile."
                 )
-            for listeners, listener in ((clock.listeners, self._begin), (clock.on_generate, self._check_samples)):
-                listeners.append(listener)
-                stack.callback(listeners.remove, listener)
+            clock.listeners.append(self._begin)
+            stack.callback(clock.listeners.remove, self._begin)
+            clock.on_generate.append(self._check_samples)
+            stack.callback(clock.on_generate.remove, self._check_samples)
             for site in self._sites:
                 block = self._decoder.blocks[site.layer]
                 stack.callback(site.switch_off)
@@ -220,7 +223,9 @@ class Controller:
             AttachError: the Controller was made without `record_magnitudes=True`.
         """
         if not self.record_magnitudes:
-            raise AttachError("Magnitudes are kept on request. Found record_magnitudes=False. Make a Controller with True.")
+            raise AttachError(
+                "Magnitudes are kept on request. Found record_magnitudes=False. Make a Controller with True."
+            )
         return {
             each.name: {site.layer: site.recorded(each) for site in self._sites if each in site.interventions}
             for each in self.interventions
@@ -283,7 +288,9 @@ class Controller:
 
 def _check_names(interventions: list[Any]) -> None:
     if not interventions:
-        raise AmountError("A Controller needs at least one intervention. Found none. Pass concept.add(...), for example.")
+        raise AmountError(
+            "A Controller needs at least one intervention. Found none. Pass concept.add(...), for example."
+        )
     for each in interventions:
         if not isinstance(each, Intervention):
             raise AmountError(
@@ -418,9 +425,7 @@ class _Site:
         moment = self.control.moment
         assert moment is not None
         where = [moment.where(each.positions) for each in self.interventions]
-        self.reached = [
-            reached or here is not False for reached, here in zip(self.reached, where, strict=True)
-        ]
+        self.reached = [reached or here is not False for reached, here in zip(self.reached, where, strict=True)]
         if all(here is False for here in where):
             return hidden
         where = [here.to(hidden.device) if isinstance(here, Tensor) else here for here in where]

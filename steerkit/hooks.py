@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from steerkit.errors import AttachError
 
+_running: "WeakKeyDictionary[nn.Module, Clock]" = WeakKeyDictionary()
+
 Where = bool | Tensor
 """Positions to edit in a forward pass: all, none, or a mask that broadcasts to `"batch pos"`."""
 
@@ -41,7 +43,13 @@ class Moment:
     """One forward pass: its rows, and where its columns lie."""
 
     def __init__(
-        self, rows: int, length: int, start: int | Tensor, device: torch.device, mask: Any, generation: Generation | None
+        self,
+        rows: int,
+        length: int,
+        start: int | Tensor,
+        device: torch.device,
+        mask: Any,
+        generation: Generation | None,
     ) -> None:
         self.rows = rows
         self.length = length
@@ -130,8 +138,6 @@ def _real_columns(mask: Any, rows: int, length: int) -> Tensor | None:
 class Clock:
     """The wrapped `generate` and the pre-hook of one model, shared by all Controllers that are attached to it."""
 
-    _running: "WeakKeyDictionary[nn.Module, Clock]" = WeakKeyDictionary()
-
     def __init__(self, model: Any, owner: nn.Module) -> None:
         self.model = model
         self.generations: list[Generation] = []
@@ -146,12 +152,12 @@ class Clock:
     @classmethod
     def of(cls, model: Any, owner: nn.Module) -> "Clock":
         """Return the running clock of a model, or start one; `owner` is the module that runs through the blocks."""
-        clock = cls._running.get(model)
+        clock = _running.get(model)
         if clock is None:
             clock = cls(model, owner)
             with ExitStack() as stack:
-                cls._running[model] = clock
-                stack.callback(cls._running.pop, model, None)
+                _running[model] = clock
+                stack.callback(_running.pop, model, None)
                 handle = owner.register_forward_pre_hook(clock._begin, with_kwargs=True)
                 stack.callback(handle.remove)
                 clock._wrap_generate(stack)
@@ -213,15 +219,13 @@ class Clock:
         tokens = argument("inputs_embeds") if tokens is None else tokens
         rows, length = tokens.shape[0], tokens.shape[1]
         generation = self.generations[-1] if self.generations else None
-        cache = argument("past_key_values")
-        if cache is not None:
-            start = _cache_length(cache)
-        else:
-            start = 0 if argument("cache_params") is None else None
-        if start is None:
-            start = 0 if generation is None else generation.seen
-        if generation is not None and argument("cache_params") is not None:
+        cache, state = argument("past_key_values"), argument("cache_params")
+        start = 0 if cache is None else _cache_length(cache)
+        if generation is not None and (state is not None or start is None):
+            # A state-space model's cache does not know how many columns it has seen.
+            start = generation.seen
             generation.seen += length
+        start = 0 if start is None else start
         moment = Moment(rows, length, start, tokens.device, argument("attention_mask"), generation)
         for listener in self.listeners:
             listener(moment)

@@ -121,7 +121,9 @@ class Intervention(ABC):
 
     def __post_init__(self) -> None:
         if self.positions not in POSITIONS:
-            raise AmountError(f"`positions` must be one of {', '.join(POSITIONS)}. Found {self.positions!r}. Choose one.")
+            raise AmountError(
+                f"`positions` must be one of {', '.join(POSITIONS)}. Found {self.positions!r}. Choose one."
+            )
         self.read(self.amount)
 
     @property
@@ -249,7 +251,9 @@ class SiteEdit:
         parts = [intervention.at(layer) for intervention in interventions]
         self.names = [intervention.name for intervention in interventions]
         self.layer = layer
-        self.shifts = [(i, part.direction.float().to(device)) for i, part in enumerate(parts) if isinstance(part, Shift)]
+        self.shifts = [
+            (i, part.direction.float().to(device)) for i, part in enumerate(parts) if isinstance(part, Shift)
+        ]
         self.bounds = [i for i, part in enumerate(parts) if isinstance(part, Bound)]
         self.problem: EditProblem | None = None
         self.erasures: list[int] = []

@@ -8,6 +8,7 @@ model that breaks the promise is refused with what was seen.
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -44,8 +45,9 @@ class Decoder:
 
     @property
     def name(self) -> str:
-        """What the model calls itself."""
-        return str(getattr(self.model.config, "_name_or_path", "") or type(self.model).__name__)
+        """What the model calls itself: its hub id, the name of its folder, or its class."""
+        name = str(getattr(self.model.config, "_name_or_path", "") or type(self.model).__name__)
+        return PurePath(name).name if PurePath(name).is_absolute() else name
 
 
 def unwrap(model: Any) -> Any:

@@ -1,5 +1,6 @@
-"""Shared vocabulary of signatures. Axis words of shapes, the same everywhere:
+"""Shared vocabulary of signatures.
 
+Axis words of shapes, the same everywhere:
 `batch` rows of a forward pass · `pos` token positions, padding included · `d_model` residual width · `layer` selected
 layers in order · `concept` probes in a joint solve · `example` rows of a fit set · `sample` rows that the user passed.
 """

