@@ -14,6 +14,7 @@ import bz2
 import csv
 import importlib.util
 import io
+import itertools
 import json
 import time
 from pathlib import Path
@@ -31,7 +32,7 @@ from steerkit import Concept, Controller
 from steerkit.demo import load_model
 from steerkit.intervention import Addition
 
-PROMPTS = """
+OPENINGS = """
 The film opens with | The story follows a young | In the second half of the movie, the director | The lead actor
 plays the part | By the time the credits rolled, I | The script was written by | Compared with the first film,
 this one | The camera work throughout the picture | My stay at the hotel was | When we checked in, the staff |
@@ -42,8 +43,8 @@ about a family that | The author's latest novel | The concert last night was | H
 museum's new exhibition | Our trip to the coast | The flight to the capital | The bus ride across the country |
 My first week at the job | The teacher of my evening class | The apartment we moved into | The neighbourhood
 park in the morning | The customer service told me
-""".split("|")
-PROMPTS = [" ".join(prompt.split()) for prompt in PROMPTS]
+"""
+PROMPTS = [" ".join(opening.split()) for opening in OPENINGS.split("|")]
 
 UP, DOWN = (0.7, 0.9, 0.99, 0.999), (0.3, 0.1, 0.01, 0.001)
 DIRECTIONS = ("probe", "pattern", "mean_difference")
@@ -102,7 +103,7 @@ def losses(model, inputs, ids):
 
 def distinct_2(ids):
     """Return the share of different pairs of tokens among all pairs in these continuations."""
-    pairs = [pair for row in ids.tolist() for pair in zip(row, row[1:], strict=False)]
+    pairs = [pair for row in ids.tolist() for pair in itertools.pairwise(row)]
     return round(len(set(pairs)) / len(pairs), 5)
 
 

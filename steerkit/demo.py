@@ -147,7 +147,7 @@ def run(model: Any, tokenizer: Any, output: str | os.PathLike[str], *, new_token
         ),
         (
             "Two concepts at once",
-            "[sentiment.constrain(at_most=0.01), formality.constrain(at_most=0.05)]",
+            "[sentiment.constrain(at_most=0.01),\n                        formality.constrain(at_most=0.05, layers=sentiment.steering_layers)]",
             [sentiment.constrain(at_most=0.01), formality.constrain(at_most=0.05, layers=layers)],
         ),
     ]
@@ -160,13 +160,14 @@ def run(model: Any, tokenizer: Any, output: str | os.PathLike[str], *, new_token
     band: list[Intervention] = [sentiment.constrain(at_least=ladder)]
     same = [PROMPTS[0]] * len(ladder)
     request = f"sentiment.constrain(at_least=tensor({[round(float(p), 3) for p in ladder]}))"
-    each = _generate(model, tokenizer, concepts, same, "A different bound for each", request, band, new_tokens, seed)
+    each = _generate(model, tokenizer, concepts, same, "A different bound for each", request, band, new_tokens, None)
     bar.update()
     bar.close()
     page = _page(model, concepts, runs, each, ladder.tolist(), time.perf_counter() - started, seed)
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     storage.write_bytes(folder / "index.html", page.encode())
+    storage.write_bytes(folder / "magnitudes.png", _png(_heat_map(runs[1], sentiment)))
     for concept in concepts:
         concept.save(folder / f"{concept.name}.safetensors")
     return folder / "index.html"
@@ -181,16 +182,18 @@ def _generate(
     request: str,
     interventions: list[Intervention],
     new_tokens: int,
-    seed: int,
+    seed: int | None,
 ) -> Run:
+    """Run one batch and measure it; sampled from `seed`, or greedy without one."""
     batch = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left").to(model.device)
     width = batch.input_ids.shape[1]
     control = Controller(model, interventions, record_magnitudes=True) if interventions else None
-    torch.manual_seed(seed)
+    sampling: dict[str, Any] = {"do_sample": False}
+    if seed is not None:
+        torch.manual_seed(seed)
+        sampling = {"do_sample": True, "temperature": 0.7}
     with control or nullcontext():
-        rows = model.generate(
-            **batch, max_new_tokens=new_tokens, do_sample=True, temperature=0.7, pad_token_id=tokenizer.eos_token_id
-        )
+        rows = model.generate(**batch, max_new_tokens=new_tokens, pad_token_id=tokenizer.eos_token_id, **sampling)
     new = [_until_end(row[width:], tokenizer) for row in rows]
     texts = [tokenizer.decode(row, skip_special_tokens=True) for row in new]
     states = record(
@@ -220,6 +223,19 @@ def _generate(
         ],
         dose=dose,
     )
+
+
+def _untouched(one: Run) -> float:
+    """Return the share of (row, token, layer) cells that met the bound as they were."""
+    cells = torch.cat(
+        [
+            m[row, : len(tokens)]
+            for by_layer in one.magnitudes.values()
+            for m in by_layer.values()
+            for row, tokens in enumerate(one.tokens)
+        ]
+    )
+    return float((cells == 0).float().mean())
 
 
 def _until_end(tokens: Tensor, tokenizer: Any) -> list[int]:
@@ -254,18 +270,9 @@ def _page(
     plain, up, both = runs
     sentiment = concepts[0]
     short = [prompt if len(prompt) < 30 else prompt[:28] + "…" for prompt in PROMPTS]
-    heat = plots.magnitudes_by_token(
-        [
-            {layer: m[row, : len(up.tokens[row])] for layer, m in up.magnitudes["sentiment"].items()}
-            for row in range(len(PROMPTS))
-        ],
-        up.tokens,
-        sentiment.norms,
-        PROMPTS,
-    )
     figures = {
         "accuracy": plots.accuracy_by_layer(concepts),
-        "heat": heat,
+        "heat": _heat_map(up, sentiment),
         "up": plots.readings(
             {"sentiment": plain.readings["sentiment"]}, {"sentiment": up.readings["sentiment"]}, short
         ),
@@ -288,7 +295,7 @@ def _page(
         "up_request": html.escape(up.request),
         "both_request": html.escape(both.request),
         "each_request": html.escape(each.request),
-        "untouched": str(sum(dose == 0 for dose in up.dose)),
+        "untouched": f"{100 * _untouched(up):.0f}",
         "up_table": _side_by_side(plain, up, PROMPTS),
         "both_table": _side_by_side(plain, both, PROMPTS),
         "each_prompt": html.escape(PROMPTS[0]),
@@ -298,10 +305,22 @@ def _page(
     return Template((files("steerkit") / "demo_assets" / "demo.html").read_text("utf-8")).substitute(values)
 
 
-def _image(figure: Any) -> str:
+def _heat_map(one: Run, concept: Concept) -> Any:
+    rows = [
+        {layer: m[row, : len(one.tokens[row])] for layer, m in one.magnitudes[concept.name].items()}
+        for row in range(len(PROMPTS))
+    ]
+    return plots.magnitudes_by_token(rows, one.tokens, concept.norms, PROMPTS)
+
+
+def _png(figure: Any) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return buffer.getvalue()
+
+
+def _image(figure: Any) -> str:
+    return f"data:image/png;base64,{base64.b64encode(_png(figure)).decode()}"
 
 
 def _interval(value: float, interval: tuple[float, float]) -> str:

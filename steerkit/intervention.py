@@ -358,7 +358,7 @@ class SiteEdit:
         if problem is None or all(where[i] is False for i in self.bounds):
             return hidden
         reading = problem.read(hidden)
-        logit = torch.stack([amounts[i] for i in self.bounds], dim=-1)[:, None]
+        logit = torch.stack(torch.broadcast_tensors(*(amounts[i] for i in self.bounds)), dim=-1)[:, None]
         on = torch.ones_like(reading, dtype=torch.bool)
         for k, i in enumerate(self.bounds):
             on[..., k] &= where[i]

@@ -75,7 +75,7 @@ def magnitudes_by_token(
         if index >= len(rows):
             axes.set_axis_off()
             continue
-        image = axes.imshow(shares[index], aspect="auto", origin="lower", cmap="RdBu", vmin=-top, vmax=top)
+        image = axes.imshow(shares[index].numpy(), aspect="auto", origin="lower", cmap="RdBu", vmin=-top, vmax=top)
         axes.set_title(titles[index], fontsize=8.5, color=_INK, loc="left")
         axes.set_xticks(range(len(tokens[index])), tokens[index], rotation=60, ha="right", fontsize=6.5)
         axes.set_yticks(range(len(layers)), [str(layer) for layer in layers], fontsize=6.5)
