@@ -1,7 +1,6 @@
 """The command line. It parses, calls the library and prints; every error of the library is one line and exit code 2."""
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import wraps
@@ -119,7 +118,6 @@ def concept_fit(
         direction=direction,  # type: ignore[arg-type]
         held_out=held_out,
         seed=seed,
-        progress=sys.stderr.isatty(),
     )
     concept.save(target)
     _show(concept, as_json)

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import os
+import sys
 import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -65,7 +66,7 @@ class Concept:
         read: Read = "last",
         regularisation: float | None = None,
         batch_size: int | None = None,
-        progress: bool = False,
+        progress: bool | None = None,
     ) -> "Concept":
         """Record both sets of texts and fit one calibrated logistic probe a layer (GCAV, equation 1).
 
@@ -85,7 +86,7 @@ class Concept:
             read: `"last"` token or `"mean"` over tokens.
             regularisation: inverse L2 strength C on standardised features; chosen by cross-validation by default.
             batch_size: texts run together.
-            progress: show a progress bar.
+            progress: show a progress bar; by default for more than 200 texts on a terminal.
 
         Raises:
             TextsError: no texts, one class only, too few texts, entries that are no text.
@@ -100,6 +101,8 @@ class Concept:
         _check_counts(len(positive), len(negative), held_out)
         _check_groups(groups, len(positive), len(negative))
         resolve_layers(layers, find_decoder(model).depth)
+        if progress is None:
+            progress = len(positive) + len(negative) > 200 and sys.stderr.isatty()
         both = record(
             model, tokenizer, [*positive, *negative], layers=layers, read=read, batch_size=batch_size, progress=progress
         )

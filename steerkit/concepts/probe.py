@@ -219,7 +219,7 @@ def _slope(logits: Array, labels: Labels) -> float:
 def _measure(logits: Array, labels: Labels, parts: Split, seed: int) -> Figures:
     hits = (logits > 0) == (labels == 1)
     accuracy = float(np.mean([hits[labels == c].mean() for c in (0, 1)]))
-    count = _distinct(parts.groups[parts.held_out])
+    count = _independent(hits, accuracy, parts.groups[parts.held_out])
     auc = float(roc_auc_score(labels, logits))
     calibrated = expit(_cross_fitted(logits, labels, parts.halves))
     shrunk = (accuracy * count + 1) / (count + 2)
@@ -251,8 +251,20 @@ def _calibration_error(probabilities: Array, labels: Labels) -> float:
     return float(sum(gaps) / len(order))
 
 
-def _wilson(share: float, count: int) -> tuple[float, float]:
-    """Return Wilson's 95 % interval of a share; `count` is the number of groups, which counts each once."""
+def _independent(hits: NDArray[np.bool_], accuracy: float, groups: Labels) -> float:
+    """Return how many independent texts the held-out ones are worth: all if groups do not matter, at least one a group.
+
+    The variance of the accuracy over groups against the binomial one (Kish's design effect).
+    """
+    by_group = np.bincount(np.unique(groups, return_inverse=True)[1], weights=hits - accuracy)
+    variance = float((by_group**2).sum()) / len(hits) ** 2
+    binomial = accuracy * (1 - accuracy)
+    worth = binomial / variance if variance > 0 and binomial > 0 else _distinct(groups)
+    return float(np.clip(worth, _distinct(groups), len(hits)))
+
+
+def _wilson(share: float, count: float) -> tuple[float, float]:
+    """Return Wilson's 95 % interval of a share of `count` independent texts."""
     z = float(norm.ppf(0.975))
     centre = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)

@@ -98,7 +98,8 @@ class EditProblem:
     def build(cls, weight: Tensor, bias: Tensor, sense: Tensor, direction: Tensor | None = None) -> "EditProblem":
         """Check the shapes and prepare the candidate sets; independence is asked for with `dependent_pair`."""
         direction = weight if direction is None else direction
-        if weight.ndim != 2 or direction.shape != weight.shape or bias.shape != sense.shape != weight.shape[:1]:
+        per_probe = weight.shape[:1]
+        if weight.ndim != 2 or direction.shape != weight.shape or bias.shape != per_probe or sense.shape != per_probe:
             raise ValueError(
                 "`weight` and `direction` must be (concept, d_model), `bias` and `sense` (concept,). Found shapes "
                 f"{tuple(weight.shape)}, {tuple(direction.shape)}, {tuple(bias.shape)}, {tuple(sense.shape)}."
