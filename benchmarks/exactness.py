@@ -64,7 +64,7 @@ def read_block_outputs(model, bounds, ids, mask):
     handles += [block.register_forward_hook(keep(after, layer)) for layer, block in enumerate(blocks)]
     with torch.no_grad():
         model(input_ids=ids, attention_mask=mask)
-    short = control.plain
+    short = control._pass.plain
     control.detach()
     for handle in handles:
         handle.remove()

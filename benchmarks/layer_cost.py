@@ -95,7 +95,7 @@ def steered(interventions, rows, length, dtype=torch.float32, padded=False):
         mask[1::2, : length // 4] = 0
     with torch.no_grad():
         model(torch.ones(rows, length, dtype=torch.long), attention_mask=mask if padded else None)
-    assert control.plain is not padded, "not the path that this arm is meant to time"
+    assert control._pass.plain is not padded, "not the path that this arm is meant to time"
     for each in interventions:
         if isinstance(each, Constraint):
             assert_active(model, each, rows, length, dtype)

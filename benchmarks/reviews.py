@@ -131,7 +131,6 @@ def main():
     started = time.perf_counter()
     done = json.loads(given.json.read_text("utf-8")) if given.json and given.json.exists() else {}
     settings = {name: getattr(given, name) for name in ("seed", "samples", "tokens", "texts", "prompts")}
-    arms = done.get("arms", {}) if done.get("settings") == settings else {}
 
     concept_films, scorer_films, prompt_films = reviews(given.seed)
     scorer = make_pipeline(
@@ -153,6 +152,8 @@ def main():
     concept = fit_concept(model, tokenizer, concept_films, given.seed, given.texts)
     layers = concept.steering_layers
     print(f"\n{concept}\n")
+    same = done.get("settings") == settings and done.get("layers") == list(layers)
+    arms = done["arms"] if same else {}
     probes = {
         layer: {name: getattr(f, name) for name in ("accuracy", "accuracy_interval", "auc", "auc_interval", "calibration_error")}
         for layer, f in concept.figures.items()

@@ -4,22 +4,20 @@ Hooks are put on once; amounts live in tensors that `using` changes in place, so
 again. Nothing in a hook branches on a tensor's value.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from steerkit.errors import AmountError, AttachError, BaseModelMismatchError, LayerError, NotReachedError, SamplesError
 from steerkit.hooks import Clock, Moment
-from steerkit.intervention import Amounts, Intervention, SiteEdit
-from steerkit.model import Fingerprint, find_decoder, hidden_states_of
+from steerkit.intervention import Amounts, Intervention
+from steerkit.model import Fingerprint, find_decoder
+from steerkit.sites import Pass, Site, device_of
 from steerkit.types import Amount
-
-_CAPACITY = 64
-"""Samples for which amount tensors are allocated at first; a larger batch makes them grow, and compiles once more."""
 
 
 class Controller:
@@ -61,17 +59,15 @@ class Controller:
         self.interventions: tuple[Intervention, ...] = tuple(listed)
         self.record_magnitudes = record_magnitudes
         self._amounts = {each.name: each.read(each.amount) for each in listed}
+        self._pass = Pass(recording=record_magnitudes)
         self._sites = [
-            _Site(self, layer, [each for each in listed if layer in each.layers])
+            Site(self._pass, layer, [each for each in listed if layer in each.layers])
             for layer in sorted({layer for each in listed for layer in each.layers})
         ]
         self._refuse_contradictions(self._amounts)
         self._stack: ExitStack | None = None
         self._ran = False
         self._recorded: Any = None
-        self.moment: Moment | None = None
-        self.plain = False
-        """Whether this forward pass edits every position, so that sites may take their short form."""
 
     def __repr__(self) -> str:
         parts = "".join(f"\n  {each}," for each in self.interventions)
@@ -132,7 +128,7 @@ class Controller:
                 block = self._decoder.blocks[site.layer]
                 stack.callback(site.switch_off)
                 stack.callback(block.register_forward_hook(site.hook).remove)
-                site.prepare(_device_of(block))
+                site.prepare(device_of(block))
             self._ran = False
             self._write_amounts()
         except BaseException:
@@ -152,7 +148,6 @@ class Controller:
             raise AttachError("Only an attached Controller can be detached. Found it detached. Use `with` or attach().")
         stack, self._stack = self._stack, None
         stack.close()
-        self.moment = None
         for each in self.interventions:
             sites = [site for site in self._sites if each.layers and site.layer in each.layers]
             if not any(site.reached[site.interventions.index(each)] for site in sites):
@@ -233,7 +228,7 @@ class Controller:
 
     def _begin(self, moment: Moment) -> None:
         """Take note of a forward pass before its first block runs."""
-        self.moment = moment
+        self._pass.moment = moment
         self._ran = True
         if torch.compiler.is_compiling():
             self._check_rows_compiled(moment)
@@ -246,7 +241,7 @@ class Controller:
             )
         everywhere = all(moment.where(each.positions) is True for each in self.interventions)
         autocast = torch.is_autocast_enabled(moment.device.type)
-        self.plain = everywhere and not self.record_magnitudes and not autocast
+        self._pass.plain = everywhere and not self.record_magnitudes and not autocast
         if self.record_magnitudes:
             new = moment.generation is not self._recorded if moment.generation else moment.start == 0
             if new:
@@ -304,11 +299,6 @@ def _check_names(interventions: list[Any]) -> None:
         )
 
 
-def _device_of(block: nn.Module) -> torch.device:
-    devices = [p.device for p in block.parameters() if p.device.type != "meta"]
-    return devices[0] if devices else torch.device("cpu")
-
-
 class _Using:
     """The other half of `Controller.using`: what is put back at the end of a `with`."""
 
@@ -338,141 +328,3 @@ class _Using:
 
     def _restore(self) -> None:
         self._control._set({**self._control._amounts, **self._before})
-
-
-class _Site:
-    """The hook on one block: which interventions act there, and their amounts as tensors on the block's device."""
-
-    def __init__(self, control: Controller, layer: int, interventions: list[Intervention]) -> None:
-        self.control = control
-        self.layer = layer
-        self.interventions = interventions
-        self.edit = SiteEdit(interventions, layer)
-        self.device = torch.device("cpu")
-        self.amounts = [torch.full((_CAPACITY,), each.off, dtype=torch.float64) for each in interventions]
-        """`"capacity"` an intervention: the amount of each sample."""
-        self.samples = [torch.zeros((), dtype=torch.int64) for _ in interventions]
-        """How many samples the amounts are for; 0 if all share one."""
-        self.shared = [True] * len(interventions)
-        self.reached = [False] * len(interventions)
-        self.records: list[tuple[int | Tensor, list[Tensor | None]]] = []
-        self._short: Callable[[Tensor], Tensor] | None = None
-        self._short_for: tuple[Any, ...] | None = None
-
-    def prepare(self, device: torch.device) -> None:
-        """Forget what was reached before, and hold every tensor where the block is."""
-        self.reached = [False] * len(self.interventions)
-        self._move(device)
-
-    def _move(self, device: torch.device) -> None:
-        # Tensors made in inference mode could not be saved for backward later.
-        with torch.inference_mode(False):
-            self.edit.to(device)
-            small = torch.float32 if device.type == "mps" else torch.float64
-            self.amounts = [amounts.to(device, small) for amounts in self.amounts]
-            self.samples = [samples.to(device) for samples in self.samples]
-            self.device = device
-            self._short_for = None
-
-    def write(self, index: int, values: Tensor, samples: int | None) -> None:
-        """Set the amounts of one intervention, in place wherever they fit."""
-        with torch.inference_mode(False), torch.no_grad():
-            if len(values) > len(self.amounts[index]):
-                self.amounts[index] = self.amounts[index].new_empty(2 * len(values))
-            table = self.amounts[index]
-            table[: len(values)] = values.to(table)
-            table[len(values) :] = table[len(values) - 1].clone()
-            self.samples[index].fill_(samples or 0)
-            self.shared[index] = samples is None
-            self._short_for = None
-
-    def switch_off(self) -> None:
-        """Leave amounts that edit nothing: a graph that was compiled while attached computes the plain model."""
-        for index, each in enumerate(self.interventions):
-            self.write(index, torch.tensor([each.off], dtype=torch.float64), None)
-
-    def hook(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        """Edit what the block returned, a tensor or the first entry of a tuple."""
-        if torch.compiler.is_compiling():
-            edited = self._edit_traced(hidden_states_of(output))
-        elif isinstance(output, Tensor):
-            return self._edit(output)
-        else:
-            edited = self._edit(hidden_states_of(output))
-        return edited if isinstance(output, Tensor) else (edited, *output[1:])
-
-    def _edit(self, hidden: Any) -> Tensor:
-        control = self.control
-        if control.plain:
-            key = (hidden.dtype, hidden.device, control.moment.rows)  # type: ignore[union-attr]
-            if key != self._short_for:
-                self._shorten(hidden, key)
-            if self._short is not None:
-                return self._short(hidden)
-        return self._edit_somewhere(hidden)
-
-    def _shorten(self, hidden: Tensor, key: tuple[Any, ...]) -> None:
-        if hidden.device != self.device:
-            self._move(hidden.device)
-        self.reached = [True] * len(self.interventions)
-        with torch.inference_mode(False), torch.no_grad():
-            self._short = self.edit.everywhere(self._row_amounts(), hidden)
-        self._short_for = key
-
-    def _edit_somewhere(self, hidden: Tensor) -> Tensor:
-        if hidden.device != self.device:
-            self._move(hidden.device)
-        moment = self.control.moment
-        assert moment is not None
-        where = [moment.where(each.positions) for each in self.interventions]
-        self.reached = [reached or here is not False for reached, here in zip(self.reached, where, strict=True)]
-        if all(here is False for here in where):
-            return hidden
-        where = [here.to(hidden.device) if isinstance(here, Tensor) else here for here in where]
-        edited, magnitudes = self.edit.edit(hidden, self._row_amounts(), where)
-        if self.control.record_magnitudes:
-            shape = hidden.shape[:2]
-            kept = [m if m is None else m.detach().float().expand(shape).cpu().clone() for m in magnitudes]
-            self.records.append((moment.start, kept))
-        return edited
-
-    def _edit_traced(self, hidden: Any) -> Tensor:
-        if self.control.record_magnitudes:
-            return self._edit_untraced(hidden)
-        moment = self.control.moment
-        assert moment is not None
-        where = [moment.where(each.positions) for each in self.interventions]
-        self.reached = [True] * len(self.interventions)
-        sample = moment.sample_of_row().to(hidden.device)
-        amounts = [amounts[sample.clamp(max=len(amounts) - 1)] for amounts in self.amounts]
-        edited, _ = self.edit.edit(hidden, amounts, where)
-        return edited
-
-    @torch.compiler.disable
-    def _edit_untraced(self, hidden: Tensor) -> Tensor:
-        return self._edit_somewhere(hidden)
-
-    def _row_amounts(self) -> list[Tensor]:
-        """Return each intervention's amounts, `"batch"`, or one entry if all rows share it."""
-        moment = self.control.moment
-        assert moment is not None
-        if all(self.shared):
-            return [amounts[:1] for amounts in self.amounts]
-        sample = moment.sample_of_row().to(self.device)
-        return [
-            amounts[:1] if shared else amounts[sample]
-            for amounts, shared in zip(self.amounts, self.shared, strict=True)
-        ]
-
-    def recorded(self, intervention: Intervention) -> Tensor:
-        """Return `"row pos"` over all forward passes that were recorded; a later pass over a column replaces it."""
-        index = self.interventions.index(intervention)
-        passes = [(int(start), kept[index]) for start, kept in self.records if kept[index] is not None]
-        if not passes:
-            return torch.zeros(0, 0)
-        width = max(start + part.shape[1] for start, part in passes if part is not None)
-        whole = torch.zeros(len(passes[0][1]), width)  # type: ignore[arg-type]
-        for start, part in passes:
-            assert part is not None
-            whole[:, start : start + part.shape[1]] = part
-        return whole

@@ -69,16 +69,14 @@ class Amounts(NamedTuple):
 
 
 def _numbers(amount: Any, name: str) -> Tensor:
-    if isinstance(amount, Tensor):
-        if amount.dtype == torch.bool or amount.is_complex():
-            raise AmountError(f"`{name}` must be a number. Found a tensor of {amount.dtype}. Convert it.")
-        return amount.detach().to("cpu", torch.float64)
-    if isinstance(amount, bool | str | bytes) or amount is None:
-        raise AmountError(f"`{name}` must be a number. Found {amount!r}. Pass a float, a tensor, or {{layer: number}}.")
-    if isinstance(amount, Real):
-        return torch.tensor(float(amount), dtype=torch.float64)
     try:
-        return torch.as_tensor(amount, dtype=torch.float64).clone()
+        if isinstance(amount, str | bytes) or amount is None:
+            raise TypeError(type(amount).__name__)
+        found = torch.as_tensor(amount)
+        if found.dtype == torch.bool or found.is_complex():
+            raise TypeError(f"values of {found.dtype}")
+        exact = found if isinstance(amount, Tensor) else torch.as_tensor(amount, dtype=torch.float64)
+        return exact.detach().to("cpu", torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
         raise AmountError(
             f"`{name}` must be a number. Found {amount!r:.60}. Pass a float, a tensor, or {{layer: number}}."

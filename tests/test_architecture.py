@@ -13,7 +13,7 @@ ROWS = [
     ["errors", "types", "maths"],
     ["model", "hooks", "storage"],
     ["intervention", "conditions", "activations"],
-    ["concepts", "preferences", "gapo.gradients"],
+    ["sites", "concepts", "preferences", "gapo.gradients"],
     ["controller", "evaluation", "loading", "gapo.trainer"],
     ["plots", "demo", "cli", "integrations"],
 ]
