@@ -72,12 +72,13 @@ def _numbers(amount: Any, name: str) -> Tensor:
     try:
         if isinstance(amount, str | bytes) or amount is None:
             raise TypeError(type(amount).__name__)
+        amount = float(amount) if isinstance(amount, Real) and not isinstance(amount, bool) else amount
         found = torch.as_tensor(amount)
         if found.dtype == torch.bool or found.is_complex():
             raise TypeError(f"values of {found.dtype}")
         exact = found if isinstance(amount, Tensor) else torch.as_tensor(amount, dtype=torch.float64)
         return exact.detach().to("cpu", torch.float64)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise AmountError(
             f"`{name}` must be a number. Found {amount!r:.60}. Pass a float, a tensor, or {{layer: number}}."
         ) from error
@@ -294,7 +295,7 @@ class SiteEdit:
         problem = self.problem
         if problem is None:
             return
-        for first, second in problem.parallel_pairs():
+        for first, second, _ in problem.parallel:
             axis = F.normalize(problem.weight[first].double().cpu(), dim=0)
             low, high = torch.tensor(-math.inf), torch.tensor(math.inf)
             for k in (first, second):

@@ -18,6 +18,7 @@ solution for every r when all principal minors of M are positive. A sense of 0 i
 
 import itertools
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,7 +61,20 @@ def minimal_edit(
     Raises:
         ValueError: shapes disagree, some `w . u <= 0`, or the probes depend on each other.
     """
-    problem = EditProblem.build(weight, bias, sense, direction)
+    wide = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
+    direction = weight if direction is None else direction
+    problem = EditProblem.build(weight.to(wide), bias, sense, direction.to(wide))
+    if hidden_states.shape[-1:] != weight.shape[1:]:
+        raise ValueError(
+            f"`hidden_states` must be (..., {weight.shape[1]}), as wide as the probes. Found shape "
+            f"{tuple(hidden_states.shape)}."
+        )
+    readings = (*hidden_states.shape[:-1], len(weight))
+    fits = logit.shape[-1:] == bias.shape and logit.ndim <= len(readings)
+    if not fits or any(have not in (1, want) for have, want in zip(logit.shape[::-1], readings[::-1], strict=False)):
+        raise ValueError(
+            f"`logit` must be ({len(weight)},) or broadcast to {readings}. Found shape {tuple(logit.shape)}."
+        )
     pair = problem.dependent_pair()
     if pair is not None:
         raise ValueError(
@@ -68,7 +82,8 @@ def minimal_edit(
             "are not. Leave one of them out."
         )
     magnitudes = problem.solve(problem.read(hidden_states), logit.to(problem.bias))
-    return magnitudes.to(problem.direction.dtype) @ problem.direction
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        return magnitudes.to(wide) @ problem.direction
 
 
 @dataclass(frozen=True)
@@ -93,6 +108,8 @@ class EditProblem:
     """`"set concept"` bool: which bounds are active in each candidate set; the empty set first."""
     operators: Tensor
     """`"set concept concept"`: z = operator @ r for each candidate set."""
+    parallel: tuple[tuple[int, int, str], ...]
+    """Pairs of probes that measure the same thing and move along the same line, and how their bounds relate."""
 
     @classmethod
     def build(cls, weight: Tensor, bias: Tensor, sense: Tensor, direction: Tensor | None = None) -> "EditProblem":
@@ -119,6 +136,7 @@ class EditProblem:
         scale = diagonal.sqrt()
         matrix = sense[:, None] * gain * sense / (scale[:, None] * scale)
         members, operators = _active_sets(matrix.cpu())
+        parallel = _parallel_pairs(weight, direction, equality, matrix)
         wide = weight.dtype if weight.dtype == torch.float64 else torch.float32
         return cls(
             weight=weight.to(wide),
@@ -130,47 +148,35 @@ class EditProblem:
             matrix=matrix,
             members=members.to(weight.device),
             operators=operators.to(weight.device),
+            parallel=parallel,
         )
 
     def to(self, device: torch.device) -> "EditProblem":
         """Return the same problem with its tensors on another device."""
-        return replace(self, **{name: tensor.to(device) for name, tensor in vars(self).items()})
+        moved: dict[str, Any] = {name: part.to(device) for name, part in vars(self).items() if isinstance(part, Tensor)}
+        return replace(self, **moved)
 
     def dependent_pair(self) -> tuple[int, int] | None:
         """Return two probes that cannot be bounded independently, or None.
 
-        M must be a P-matrix, which does not depend on the senses. Pairs that are parallel in weight and direction
-        are left to the caller: one band on one probe is sound, and whether two bounds on it contradict each other
-        depends on the amounts.
+        M must be a P-matrix, which does not depend on the senses. Of parallel probes one stands for all: a band is
+        sound, and whether two bounds on one line contradict each other depends on the amounts.
         """
+        second = {pair[1] for pair in self.parallel}
+        kept = [k for k in range(len(self.matrix)) if k not in second]
         matrix = self.matrix.cpu()
-        count = len(matrix)
-        parallel = self.parallel_pairs()
-        worst = (1.0, (0, 1))
-        if count <= 10:
-            groups = (g for size in range(2, count + 1) for g in itertools.combinations(range(count), size))
-            for group in groups:
-                if any(pair in parallel for pair in itertools.combinations(group, 2)):
-                    continue
-                minor = float(torch.linalg.det(matrix[group, :][:, group]))
-                if minor < worst[0]:
-                    worst = (minor, group)  # type: ignore[assignment]
-            if worst[0] >= _DEPENDENT:
+        if len(kept) > 10:
+            block = matrix[kept, :][:, kept]
+            if float(torch.linalg.eigvalsh((block + block.T) / 2)[0]) > _DEPENDENT:
                 return None
+            groups = [tuple(kept)]
         else:
-            symmetric = (matrix + matrix.T) / 2
-            if not parallel and float(torch.linalg.eigvalsh(symmetric)[0]) > _DEPENDENT:
-                return None
-            worst = (0.0, tuple(range(count)))  # type: ignore[assignment]
-        group = worst[1]
-        return max(itertools.combinations(group, 2), key=lambda pair: abs(float(matrix[pair])))
-
-    def parallel_pairs(self) -> set[tuple[int, int]]:
-        """Return the pairs of probes that measure the same thing and move along the same line."""
-        unit = torch.nn.functional.normalize(self.weight.double().cpu(), dim=-1)
-        along = torch.nn.functional.normalize(self.direction.double().cpu(), dim=-1)
-        same = ((unit @ unit.T).abs() > 1 - 1e-9) & ((along @ along.T).abs() > 1 - 1e-9)
-        return {(i, j) for i, j in itertools.combinations(range(len(unit)), 2) if bool(same[i, j])}
+            sizes = range(2, len(kept) + 1)
+            groups = [group for size in sizes for group in itertools.combinations(kept, size)]
+            groups = [g for g in groups if float(torch.linalg.det(matrix[g, :][:, g])) < _DEPENDENT][:1]
+        if not groups:
+            return None
+        return max(itertools.combinations(groups[0], 2), key=lambda pair: abs(float(matrix[pair])))
 
     def read(self, hidden_states: Tensor) -> Tensor:
         """Return what each probe reads, `"... concept"`, in float32 without autocast, as float64."""
@@ -187,16 +193,30 @@ class EditProblem:
             on: `"... concept"` bool, False where a bound is left out for a row.
         """
         bound = logit.clamp(-OFF, OFF)
-        violation = self.sense * (bound - reading)
-        if on is not None:
+        on = torch.ones_like(reading, dtype=torch.bool) if on is None else on
+        violation = torch.where(on, self.sense * (bound - reading), -OFF) / self.scale
+        if self.parallel:
+            on = self._one_of_parallel(violation, on)
             violation = torch.where(on, violation, -OFF)
-        violation = violation / self.scale
-        required = self.equality.expand(violation.shape) if on is None else self.equality & on
+        required = self.equality & on
         if len(self.members) > 0:
             solution = self._enumerate(violation, required)
         else:
             solution = _pivot(self.matrix, violation, required, self.equality)
         return self.sense * solution / self.scale
+
+    def _one_of_parallel(self, violation: Tensor, on: Tensor) -> Tensor:
+        """Switch off what another bound on the same line implies: both active, they would be one equation twice."""
+        kept = list(on.unbind(dim=-1))
+        for i, j, relation in self.parallel:
+            if relation == "first exact":
+                kept[j] = kept[j] & ~kept[i]
+            elif relation == "second exact":
+                kept[i] = kept[i] & ~kept[j]
+            elif relation == "alike":
+                stricter = violation[..., i] >= violation[..., j]
+                kept[i], kept[j] = kept[i] & stricter, kept[j] & ~stricter
+        return torch.stack(kept, dim=-1)
 
     def _enumerate(self, violation: Tensor, required: Tensor) -> Tensor:
         solutions = torch.einsum("skj,...j->...sk", self.operators, violation)
@@ -207,6 +227,23 @@ class EditProblem:
         misfit = ((self.members != required[..., None, :]) & self.equality).any(dim=-1)
         best = torch.where(misfit, torch.inf, wrong).argmin(dim=-1)
         return torch.take_along_dim(solutions, best[..., None, None], dim=-2)[..., 0, :]
+
+
+def _parallel_pairs(
+    weight: Tensor, direction: Tensor, equality: Tensor, matrix: Tensor
+) -> tuple[tuple[int, int, str], ...]:
+    unit = torch.nn.functional.normalize(weight.double().cpu(), dim=-1)
+    along = torch.nn.functional.normalize(direction.double().cpu(), dim=-1)
+    same = ((unit @ unit.T).abs() > 1 - 1e-9) & ((along @ along.T).abs() > 1 - 1e-9)
+    exact, together = equality.tolist(), matrix.cpu()
+
+    def relation(i: int, j: int) -> str:
+        if exact[i] or exact[j]:
+            return "first exact" if exact[i] else "second exact"
+        return "alike" if float(together[i, j]) > 0 else "opposite"
+
+    pairs = itertools.combinations(range(len(unit)), 2)
+    return tuple((i, j, relation(i, j)) for i, j in pairs if bool(same[i, j]))
 
 
 def _active_sets(matrix: Tensor) -> tuple[Tensor, Tensor]:

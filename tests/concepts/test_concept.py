@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import DEPTH, D_MODEL, tiny_model, tiny_tokenizer
+from tiny import D_MODEL, DEPTH, tiny_model, tiny_tokenizer
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 from torch.testing import assert_close
@@ -48,7 +48,7 @@ def planted(
 
 @pytest.fixture(scope="module")
 def concept() -> Concept:
-    return Concept.from_activations("planted", *planted())
+    return Concept.from_activations("planted", *planted(200, 200))
 
 
 def with_accuracies(concept: Concept, accuracies: dict[int, float], *, error: float = 0.05, losses: Any = None) -> Concept:
@@ -164,7 +164,7 @@ def test_among_equal_accuracies_the_best_has_the_least_log_loss(concept):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_steering_layers_follow_the_formula_and_are_never_empty(seed):
-    fitted = Concept.from_activations("c", *planted(30, 40, distance=1.5, seed=seed), seed=seed, regularisation=0.01)
+    fitted = Concept.from_activations("c", *planted(80, 90, distance=2.5, seed=seed), seed=seed, regularisation=0.01)
     best = max(fitted.figures.values(), key=lambda f: f.accuracy)
     least = best.accuracy - max(f.standard_error for f in fitted.figures.values() if f.accuracy == best.accuracy)
     assert fitted.steering_layers
@@ -175,15 +175,15 @@ def test_steering_layers_follow_the_formula_and_are_never_empty(seed):
 
 
 def test_held_out_texts_never_move_a_direction(concept):
-    """Change a text: either a direction changes or it was held out; as many stay as the concept says it held out."""
+    """Change a text: either all directions change, or it was held out and none does."""
     positive, negative = planted()
+    original = Concept.from_activations("c", positive, negative, regularisation=0.01)
     untouched = 0
-    for index in range(len(positive)):
+    for index in range(20):
         states = {layer: positive[layer].clone() for layer in LAYERS}
         for layer in LAYERS:
             states[layer][index] += 7.0
         changed = Concept.from_activations("c", Activations(states, "last"), negative, regularisation=0.01)
-        original = _fixed_regularisation()
         same = [
             torch.allclose(changed.directions[kind][layer], original.directions[kind][layer], atol=1e-6)
             for kind in DIRECTIONS
@@ -191,13 +191,7 @@ def test_held_out_texts_never_move_a_direction(concept):
         ]
         assert all(same) or not any(same)
         untouched += all(same)
-        if index == 20:
-            break
-    assert 1 <= untouched <= 9, "about a fifth of 21 texts is held out"
-
-
-def _fixed_regularisation() -> Concept:
-    return Concept.from_activations("c", *planted(), regularisation=0.01)
+    assert 1 <= untouched <= 9, "about a fifth of 20 texts is held out"
 
 
 def test_seeds_are_reproducible_and_differ():
@@ -513,8 +507,8 @@ def concept_model() -> tuple[Any, Tensor]:
             rows = torch.tensor([4 + word for word in words])
             table[rows] += sign * STEP * planted_direction
         for block in model.model.layers:  # a residual stream that its blocks change a little, as in trained models
-            block.mlp.down_proj.weight.mul_(0.2)
-            block.self_attn.o_proj.weight.mul_(0.2)
+            block.mlp.down_proj.weight.mul_(0.05)
+            block.self_attn.o_proj.weight.mul_(0.05)
     return model, planted_direction
 
 
