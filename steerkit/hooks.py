@@ -234,9 +234,11 @@ class Clock:
 def _cache_length(cache: Any) -> int | Tensor | None:
     """Return how many columns a cache holds, as a tensor for static caches, or None if it does not know."""
     try:
-        return cache.get_seq_length()
+        length = cache.get_seq_length()
     except ValueError:
         return None
+    # A static cache hands out the tensor that it counts in, and the first block's attention moves it on.
+    return length.clone() if isinstance(length, Tensor) else length
 
 
 def _describe(model: Any, given: dict[str, Any]) -> Generation:

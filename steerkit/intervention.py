@@ -251,7 +251,7 @@ class SiteEdit:
         self.names = [intervention.name for intervention in interventions]
         self.layer = layer
         self.shifts = [
-            (i, part.direction.float().to(device)) for i, part in enumerate(parts) if isinstance(part, Shift)
+            (i, part.direction.float().clone().to(device)) for i, part in enumerate(parts) if isinstance(part, Shift)
         ]
         self.bounds = [i for i, part in enumerate(parts) if isinstance(part, Bound)]
         self.problem: EditProblem | None = None

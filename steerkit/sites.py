@@ -41,12 +41,14 @@ class Site:
         self.current = current
         self.layer = layer
         self.interventions = list(interventions)
-        self.edit = SiteEdit(interventions, layer)
         self.device = torch.device("cpu")
-        self.amounts = [torch.full((_CAPACITY,), each.off, dtype=torch.float64) for each in interventions]
-        """`"capacity"` an intervention: the amount of each sample."""
-        self.samples = [torch.zeros((), dtype=torch.int64) for _ in interventions]
-        """How many samples the amounts are for; 0 if all share one."""
+        # Tensors made in inference mode could not be saved for backward, nor written in place, outside it.
+        with torch.inference_mode(False):
+            self.edit = SiteEdit(interventions, layer)
+            self.amounts = [torch.full((_CAPACITY,), each.off, dtype=torch.float64) for each in interventions]
+            """`"capacity"` an intervention: the amount of each sample."""
+            self.samples = [torch.zeros((), dtype=torch.int64) for _ in interventions]
+            """How many samples the amounts are for; 0 if all share one."""
         self.shared = [True] * len(interventions)
         self.reached = [False] * len(interventions)
         self.records: list[tuple[int | Tensor, torch.Size, list[Tensor | None]]] = []
@@ -59,7 +61,6 @@ class Site:
         self._move(device)
 
     def _move(self, device: torch.device) -> None:
-        # Tensors made in inference mode could not be saved for backward later.
         with torch.inference_mode(False):
             self.edit.to(device)
             small = torch.float32 if device.type == "mps" else torch.float64

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -10,11 +10,10 @@ import torch
 from tiny import D_MODEL, DEPTH, random_addition, tiny_model, tiny_tokenizer
 from tokenizers import processors
 from torch import Tensor
-from torch.testing import assert_close
 
 from steerkit import Controller, record
 from steerkit.activations import Activations
-from steerkit.errors import LayerError, SteerkitError, TextsError, UnsupportedModelError
+from steerkit.errors import LayerError, NotReachedError, SteerkitError, TextsError, UnsupportedModelError
 from steerkit.model import find_decoder
 
 TEXTS = [
@@ -26,13 +25,20 @@ TEXTS = [
     "w5",
     "w60 w61 w62",
 ]
-CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+
+
+def assert_close(found: Tensor, wanted: Tensor) -> None:
+    """Equal up to 2e-5 of the largest entry: a residual stream adds small numbers to large ones."""
+    assert found.shape == wanted.shape
+    torch.testing.assert_close(found, wanted, atol=2e-5 * float(wanted.abs().max()), rtol=0)
 
 
 def bos_tokenizer(**given: Any) -> Any:
     """A tokenizer that puts <s> in front of plain text, as llama's does, with a template that writes its own."""
     tokenizer = tiny_tokenizer(**given)
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
     return tokenizer
 
 
@@ -75,7 +81,7 @@ def test_the_last_token_equals_hooks_made_by_hand(name):
     assert recorded.layers == tuple(range(DEPTH))
     for index, text in enumerate(TEXTS):
         for layer, hidden in enumerate(by_hand(model, tokenizer(text)["input_ids"])):
-            assert_close(recorded[layer][index], hidden[-1], atol=1e-4, rtol=1e-4)
+            assert_close(recorded[layer][index], hidden[-1])
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mamba"])
@@ -85,7 +91,7 @@ def test_the_mean_is_over_real_tokens(name):
     assert recorded.read == "mean"
     for index, text in enumerate(TEXTS):
         for layer, hidden in enumerate(by_hand(model, tokenizer(text)["input_ids"])):
-            assert_close(recorded[layer][index], hidden.mean(dim=0), atol=1e-4, rtol=1e-4)
+            assert_close(recorded[layer][index], hidden.mean(dim=0))
 
 
 def test_the_last_layer_is_the_state_before_the_final_norm(model, tokenizer):
@@ -95,10 +101,10 @@ def test_the_last_layer_is_the_state_before_the_final_norm(model, tokenizer):
         states = model(ids, output_hidden_states=True).hidden_states
         recorded = record(model, tokenizer, [TEXTS[1]])
         for layer in range(DEPTH - 1):
-            assert_close(recorded[layer], states[layer + 1][:, -1], **CLOSE)
+            assert_close(recorded[layer], states[layer + 1][:, -1])
         last = recorded[DEPTH - 1]
         assert not torch.allclose(last, states[DEPTH][:, -1], atol=0.1)
-        assert_close(model.model.norm(last), states[DEPTH][:, -1], **CLOSE)
+        assert_close(model.model.norm(last), states[DEPTH][:, -1])
 
 
 def test_what_is_recorded(model, tokenizer):
@@ -144,7 +150,7 @@ def test_the_batch_size_is_irrelevant(model, tokenizer, batch_size, read):
     wanted = record(model, tokenizer, TEXTS, read=read)
     found = record(model, tokenizer, TEXTS, read=read, batch_size=batch_size)
     for layer in range(DEPTH):
-        assert_close(found[layer], wanted[layer], **CLOSE)
+        assert_close(found[layer], wanted[layer])
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "bloom", "falcon", "gemma3", "mamba"])
@@ -155,7 +161,7 @@ def test_padding_is_invisible_in_every_kind_of_position(name, tokenizer):
     for index in (0, 3):
         alone = record(model, tokenizer, [TEXTS[index]])
         for layer in range(DEPTH):
-            assert_close(together[layer][index], alone[layer][0], **CLOSE)
+            assert_close(together[layer][index], alone[layer][0])
 
 
 @pytest.mark.parametrize("order", [[6, 5, 4, 3, 2, 1, 0], [3, 1, 4, 0, 6, 2, 5]])
@@ -163,7 +169,7 @@ def test_the_order_of_texts_is_kept(model, tokenizer, order):
     plain = record(model, tokenizer, TEXTS, batch_size=2)
     shuffled = record(model, tokenizer, [TEXTS[i] for i in order], batch_size=2)
     for layer in range(DEPTH):
-        assert_close(shuffled[layer], plain[layer][order], **CLOSE)
+        assert_close(shuffled[layer], plain[layer][order])
     assert shuffled.digests == tuple(plain.digests[i] for i in order)
 
 
@@ -260,24 +266,25 @@ def test_a_controller_that_is_attached_is_seen(model, tokenizer):
     plain = record(model, tokenizer, TEXTS)
     with Controller(model, [added]):
         steered = record(model, tokenizer, TEXTS)
-    assert_close(steered[1], plain[1] + 5 * added.directions[1], **CLOSE)
+    assert_close(steered[1], plain[1] + 5 * added.directions[1])
     assert torch.equal(steered[0], plain[0])
     assert not torch.allclose(steered[2], plain[2], atol=0.1)
 
 
-def test_per_sample_amounts_of_a_controller_meet_the_rows_of_a_batch_or_are_refused(model, tokenizer):
-    """Rows run sorted by length: an amount a sample would land on other texts."""
+def test_amounts_per_sample_meet_their_texts_or_are_refused(model, tokenizer):
+    """Texts run sorted by length: an amount must not land on another text, silently."""
     added = random_addition((1,), torch.tensor([0.0, 5.0]))
-    plain = record(model, tokenizer, ["w1", "w2 w3 w4"])
-    with Controller(model, [added]):
-        try:
-            steered = record(model, tokenizer, ["w1", "w2 w3 w4"])
-        except SteerkitError:
-            steered = None
-            record(model, tokenizer, ["w2 w3", "w1"], batch_size=2)
-    if steered is not None:
-        wanted = plain[1] + torch.tensor([[0.0], [5.0]]) * added.directions[1]
-        assert_close(steered[1], wanted, **CLOSE)
+    texts = ["w1", "w2 w3 w4"]
+    wanted = record(model, tokenizer, texts)[1] + torch.tensor([[0.0], [5.0]]) * added.directions[1]
+    control = Controller(model, [added]).attach()
+    try:
+        steered = record(model, tokenizer, texts)[1]
+    except SteerkitError:
+        return
+    finally:
+        with suppress(NotReachedError):
+            control.detach()
+    assert_close(steered, wanted)
 
 
 # --- special tokens and chat ------------------------------------------------------------------------------------------
@@ -286,7 +293,7 @@ def test_per_sample_amounts_of_a_controller_meet_the_rows_of_a_batch_or_are_refu
 def test_plain_text_gets_its_special_tokens(model):
     tokenizer = bos_tokenizer()
     recorded = record(model, tokenizer, ["w5 w6"])
-    assert_close(recorded[2][0], by_hand(model, [1, 9, 10])[2][-1], **CLOSE)
+    assert_close(recorded[2][0], by_hand(model, [1, 9, 10])[2][-1])
 
 
 def chat(*turns: str) -> list[dict[str, str]]:
@@ -305,7 +312,7 @@ def test_a_conversation_that_ends_in_a_user_turn_is_read_at_the_generation_promp
     hidden = by_hand(model, ids)
     recorded = record(model, tokenizer, [chat(*turns)], read=read)
     for layer in range(DEPTH):
-        assert_close(recorded[layer][0], hidden[layer][-1] if read == "last" else hidden[layer].mean(dim=0), **CLOSE)
+        assert_close(recorded[layer][0], hidden[layer][-1] if read == "last" else hidden[layer].mean(dim=0))
 
 
 def test_a_conversation_that_ends_in_an_assistant_turn_is_read_at_its_last_content_token(model):
@@ -313,20 +320,20 @@ def test_a_conversation_that_ends_in_an_assistant_turn_is_read_at_its_last_conte
     recorded = record(model, tokenizer, [chat("w5 w6", "w7 w8")])
     hidden = by_hand(model, [1, 4, 9, 10, 2, 1, 5, 11, 12])
     for layer in range(DEPTH):
-        assert_close(recorded[layer][0], hidden[layer][-1], **CLOSE)
+        assert_close(recorded[layer][0], hidden[layer][-1])
 
 
 def test_a_system_turn_is_no_answer(model):
     tokenizer = bos_tokenizer(chat=True)
     messages = [{"role": "system", "content": "w3"}, {"role": "user", "content": "w4"}]
-    assert_close(record(model, tokenizer, [messages])[1][0], by_hand(model, [1, 5, 7, 2, 1, 4, 8, 2, 1, 5])[1][-1], **CLOSE)
+    assert_close(record(model, tokenizer, [messages])[1][0], by_hand(model, [1, 5, 7, 2, 1, 4, 8, 2, 1, 5])[1][-1])
 
 
 def test_strings_and_conversations_in_one_list(model):
     tokenizer = bos_tokenizer(chat=True)
     mixed = record(model, tokenizer, ["w5 w6", chat("w5 w6"), chat("w5", "w6")])
     alone = [record(model, tokenizer, [text]) for text in ("w5 w6", chat("w5 w6"), chat("w5", "w6"))]
-    assert_close(mixed[2], torch.cat([each[2] for each in alone]), **CLOSE)
+    assert_close(mixed[2], torch.cat([each[2] for each in alone]))
     assert len(set(mixed.digests)) == 3
 
 
@@ -338,7 +345,7 @@ def test_messages_are_not_changed(model):
 
 
 def test_special_tokens_inside_text_are_ordinary_input(model, tokenizer):
-    assert_close(record(model, tokenizer, ["w5 </s>"])[0][0], by_hand(model, [9, 2])[0][-1], **CLOSE)
+    assert_close(record(model, tokenizer, ["w5 </s>"])[0][0], by_hand(model, [9, 2])[0][-1])
 
 
 # --- wrapped models ---------------------------------------------------------------------------------------------------
@@ -351,6 +358,11 @@ def lora(model: Any, seed: int = 0) -> Any:
     return peft.get_peft_model(model, config).eval()
 
 
+# peft 0.21 asks transformers for an attribute that transformers 5.23 has renamed
+renamed_by_transformers = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
+
+@renamed_by_transformers
 def test_a_peft_model_is_recorded_with_its_adapter(tokenizer):
     plain = tiny_model("llama")
     wrapped = lora(tiny_model("llama"))
@@ -358,12 +370,13 @@ def test_a_peft_model_is_recorded_with_its_adapter(tokenizer):
     for index, text in enumerate(TEXTS):
         hidden = by_hand(wrapped, tokenizer(text)["input_ids"], blocks=wrapped.get_base_model().model.layers)
         for layer in range(DEPTH):
-            assert_close(recorded[layer][index], hidden[layer][-1], **CLOSE)
+            assert_close(recorded[layer][index], hidden[layer][-1])
     assert not torch.allclose(recorded[1], record(plain, tokenizer, TEXTS)[1], atol=0.01)
     with wrapped.disable_adapter():
-        assert_close(record(wrapped, tokenizer, TEXTS)[1], record(plain, tokenizer, TEXTS)[1], **CLOSE)
+        assert_close(record(wrapped, tokenizer, TEXTS)[1], record(plain, tokenizer, TEXTS)[1])
 
 
+@renamed_by_transformers
 def test_a_peft_model_has_the_fingerprint_of_its_base(tokenizer):
     plain, wrapped = tiny_model("llama"), lora(tiny_model("llama"))
     first, second = (record(model, tokenizer, TEXTS[:2]).fingerprint for model in (plain, wrapped))
@@ -432,10 +445,9 @@ def test_a_conversation_that_the_template_refuses_is_a_texts_error(model):
 
 
 def test_an_empty_assistant_turn_is_read_or_refused_but_nothing_else(model):
-    try:
-        record(model, tiny_tokenizer(chat=True), [chat("w5", "")])
-    except TextsError as error:
-        assert error.index == 0  # type: ignore[attr-defined]
+    with suppress(TextsError):
+        recorded = record(model, tiny_tokenizer(chat=True), [chat("w5", "")])
+        assert_close(recorded[1][0], by_hand(model, [1, 4, 9, 2, 1, 5])[1][-1])
 
 
 def test_the_longest_text_that_fits_is_recorded(model, tokenizer):

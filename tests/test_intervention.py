@@ -33,7 +33,9 @@ def amounts_of(interventions: list[Any], layer: int, rows: int = BATCH) -> list[
 
 
 def apply(interventions: list[Any], hidden: Tensor, where: Any = True, layer: int = 1) -> Tensor:
-    edited, _ = edit_site(interventions, None, hidden, amounts_of(interventions, layer, len(hidden)), where, layer=layer)
+    edited, _ = edit_site(
+        interventions, None, hidden, amounts_of(interventions, layer, len(hidden)), where, layer=layer
+    )
     return edited
 
 
@@ -48,9 +50,17 @@ def leaning(name: str, base: Tensor, *, aside: float, seed: int, layer: int = 1,
     sense = 1 if "at_least" in bound else -1
     amount = bound.pop("at_least", None) or bound.pop("at_most", None)
     return Constraint(
-        name, (layer,), "all", amount, None, sense=sense, weights={layer: weight}, biases={layer: 0.3},
-        directions={layer: weight / weight.norm()}, **bound,
-    )  # fmt: skip
+        name,
+        (layer,),
+        "all",
+        amount,
+        None,
+        sense=sense,
+        weights={layer: weight},
+        biases={layer: 0.3},
+        directions={layer: weight / weight.norm()},
+        **bound,
+    )
 
 
 # --- amounts ----------------------------------------------------------------------------------------------------------
@@ -138,8 +148,11 @@ def test_a_refused_shape_is_kept_and_shown():
     assert caught.value.shape == (4, 3)
 
 
-@pytest.mark.parametrize("amount", [torch.tensor([1.0, 2.0]), np.array([1.0, 2.0]), torch.ones(2, 2).double(), {1: torch.ones(2), 3: 1}],
-                         ids=["tensor", "numpy", "2-D", "mapping"])  # fmt: skip
+@pytest.mark.parametrize(
+    "amount",
+    [torch.tensor([1.0, 2.0]), np.array([1.0, 2.0]), torch.ones(2, 2).double(), {1: torch.ones(2), 3: 1}],
+    ids=["tensor", "numpy", "2-D", "mapping"],
+)
 def test_what_was_read_does_not_follow_the_caller(amount):
     read = Amounts.read(amount, LAYERS, "magnitude").values
     before = read.clone()
@@ -186,7 +199,9 @@ def test_a_bound_is_a_probability(word, amount):
         random_constraint(**{word: amount})
 
 
-@pytest.mark.parametrize("bound", [{"at_most": 0}, {"at_least": 1}, {"at_most": [0.5, 0]}, {"at_least": {1: 1.0}}], ids=str)
+@pytest.mark.parametrize(
+    "bound", [{"at_most": 0}, {"at_least": 1}, {"at_most": [0.5, 0]}, {"at_least": {1: 1.0}}], ids=str
+)
 def test_a_bound_that_takes_an_infinite_edit_is_refused(bound):
     with pytest.raises(AmountError, match=r"infinite edit.*strictly inside"):
         random_constraint(**bound)
@@ -244,7 +259,11 @@ def test_an_erasure_is_switched_per_sample():
     assert (after[[0, 2]] @ erased.directions[1]).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("bound", [{"at_most": 0.2}, {"at_least": 0.8}, {"at_most": [0.2, 1, 1e-6]}, {"at_least": [0.9, 0, 1 - 1e-6]}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "bound",
+    [{"at_most": 0.2}, {"at_least": 0.8}, {"at_most": [0.2, 1, 1e-6]}, {"at_least": [0.9, 0, 1 - 1e-6]}],
+    ids=str,
+)
 def test_a_constraint_holds_and_leaves_what_held_alone(bound):
     hidden = states()
     constraint = random_constraint(**bound)
@@ -260,8 +279,9 @@ def test_a_constraint_moves_along_its_direction_and_not_along_its_probe():
     hidden = states()
     weight = unit_directions([1], seed=1)[1]
     direction = torch.nn.functional.normalize(weight + unit_directions([1], seed=2)[1], dim=0)
-    constraint = Constraint("c", (1,), "all", 0.9, None, sense=1, weights={1: weight}, biases={1: -1.0},
-                            directions={1: direction})  # fmt: skip
+    constraint = Constraint(
+        "c", (1,), "all", 0.9, None, sense=1, weights={1: weight}, biases={1: -1.0}, directions={1: direction}
+    )
     moved = apply([constraint], hidden) - hidden
     assert_close(moved, (moved @ direction)[..., None] * direction, atol=1e-5, rtol=1e-5)
     assert logit(constraint, hidden + moved).min() > math.log(9) - 1e-4
@@ -327,7 +347,10 @@ def test_additions_come_first_whatever_the_order_of_the_list():
 
 def test_additions_add_up():
     hidden = states()
-    first, second = random_addition(magnitude=2.0, name="a", seed=1), random_addition(magnitude=[1.0, -1, 0], name="b", seed=2)
+    first, second = (
+        random_addition(magnitude=2.0, name="a", seed=1),
+        random_addition(magnitude=[1.0, -1, 0], name="b", seed=2),
+    )
     step = 2.0 * first.directions[1] + torch.tensor([1.0, -1, 0])[:, None, None] * second.directions[1]
     assert_close(apply([first, second], hidden), hidden + step, atol=1e-6, rtol=1e-6)
 
@@ -411,7 +434,10 @@ def test_shared_and_per_sample_amounts_meet_at_one_site():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_states_keep_their_dtype_and_meet_the_bound_within_its_rounding(dtype):
     hidden = states(dtype=dtype)
-    low, other = random_constraint(at_least=0.9, name="low", seed=1), random_constraint(at_most=0.1, name="other", seed=2)
+    low, other = (
+        random_constraint(at_least=0.9, name="low", seed=1),
+        random_constraint(at_most=0.1, name="other", seed=2),
+    )
     after = apply([low, other], hidden)
     assert after.dtype == dtype
     rounding = torch.finfo(dtype).eps * (hidden.double().abs() @ low.weights[1].double().abs()).max()
@@ -500,7 +526,10 @@ def test_each_intervention_has_its_own_mask():
 
 def test_an_unmasked_addition_beside_a_masked_one():
     hidden = states()
-    everywhere, some = random_addition(magnitude=2.0, name="a", seed=1), random_addition(magnitude=3.0, name="b", seed=2)
+    everywhere, some = (
+        random_addition(magnitude=2.0, name="a", seed=1),
+        random_addition(magnitude=3.0, name="b", seed=2),
+    )
     mask = torch.zeros(BATCH, POS, dtype=torch.bool)
     mask[:, 0] = True
     after = apply([everywhere, some], hidden, [True, mask])
@@ -523,9 +552,16 @@ def test_a_constraint_that_is_masked_out_does_not_hold_back_the_others():
 def test_dependent_bounds_name_the_pair_and_the_layer():
     first, second = random_constraint((4,), name="first", seed=1), random_constraint((4,), name="second", seed=2)
     sum_of_both = Constraint(
-        "both", (4,), "all", 0.5, None, sense=1, weights={4: first.weights[4] + second.weights[4]}, biases={4: 0.0},
+        "both",
+        (4,),
+        "all",
+        0.5,
+        None,
+        sense=1,
+        weights={4: first.weights[4] + second.weights[4]},
+        biases={4: 0.0},
         directions={4: torch.nn.functional.normalize(first.weights[4] + second.weights[4], dim=0)},
-    )  # fmt: skip
+    )
     with pytest.raises(DependentConceptsError, match=r"layer 4") as caught:
         SiteEdit([random_addition((4,)), first, second, sum_of_both], 4)
     assert caught.value.layer == 4
@@ -536,8 +572,9 @@ def test_dependent_bounds_name_the_pair_and_the_layer():
 def test_the_same_probe_along_two_directions_is_refused():
     first = random_constraint(name="euclidean")
     aside = torch.nn.functional.normalize(first.directions[1] + 0.5 * unit_directions([1], seed=9)[1], dim=0)
-    second = Constraint("oblique", (1,), "all", 0.5, None, sense=1, weights=first.weights, biases=first.biases,
-                        directions={1: aside})  # fmt: skip
+    second = Constraint(
+        "oblique", (1,), "all", 0.5, None, sense=1, weights=first.weights, biases=first.biases, directions={1: aside}
+    )
     with pytest.raises(DependentConceptsError, match="'euclidean' and 'oblique'"):
         SiteEdit([first, second], 1)
 
@@ -592,7 +629,10 @@ def test_an_erasure_and_a_bound_on_one_probe_that_agree_both_hold():
 SHORT = {
     "an addition": lambda: [random_addition(magnitude=3.0)],
     "an addition per sample": lambda: [random_addition(magnitude=[3.0, 0, -1])],
-    "two additions": lambda: [random_addition(name="a", seed=1), random_addition(magnitude=[3.0, 0, -1], name="b", seed=2)],
+    "two additions": lambda: [
+        random_addition(name="a", seed=1),
+        random_addition(magnitude=[3.0, 0, -1], name="b", seed=2),
+    ],
     "at most": lambda: [random_constraint(at_most=0.2)],
     "at least": lambda: [random_constraint(at_least=0.8)],
     "at most per sample": lambda: [random_constraint(at_most=[0.2, 1, 1e-6])],
@@ -600,7 +640,10 @@ SHORT = {
     "erasure": lambda: [random_erasure()],
     "erasure per sample, all on": lambda: [random_erasure(amount=[1.0, 1, 1])],
     "addition and bound": lambda: [random_addition(seed=1), random_constraint(at_least=[0.8, 0, 0.9], seed=2)],
-    "bound and addition": lambda: [random_constraint(at_least=0.8, seed=2), random_addition(magnitude=[1.0, 2, 3], seed=1)],
+    "bound and addition": lambda: [
+        random_constraint(at_least=0.8, seed=2),
+        random_addition(magnitude=[1.0, 2, 3], seed=1),
+    ],
     "addition and erasure": lambda: [random_addition(seed=1), random_erasure(seed=2)],
 }
 

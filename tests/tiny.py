@@ -17,7 +17,7 @@ DEPTH = 4
 
 _IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 _COMMON: dict[str, Any] = {"vocab_size": VOCABULARY, "tie_word_embeddings": False, **_IDS}
-_LLAMA_LIKE: dict[str, Any] = {
+LLAMA_LIKE: dict[str, Any] = {
     **_COMMON,
     "hidden_size": D_MODEL,
     "intermediate_size": 48,
@@ -32,7 +32,7 @@ _SEEDS = {"opt": 1}
 """Where seed 0 gives a model that repeats one token whatever is done to it."""
 
 
-def _seeded(model: Any, seed: int) -> Any:
+def seeded(model: Any, seed: int) -> Any:
     """Give every parameter a random value large enough for tokens to differ, and switch to eval mode.
 
     The default initialisation of 0.02 makes all logits nearly equal, so greedy tokens would be decided by rounding, and
@@ -52,39 +52,40 @@ def _seeded(model: Any, seed: int) -> Any:
                 width = 1.0 if embedding else 1.5 * parameter.shape[-1] ** -0.5
                 width = D_MODEL**-0.5 if embedding and "gemma" in model.config.model_type and "head" not in name else width
                 parameter.copy_(noise * width if parameter.ndim > 1 else 0.1 * noise)
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
+    if model.can_generate():
+        model.generation_config.eos_token_id = None
+        model.generation_config.pad_token_id = 0
     return model.float().eval()
 
 
 def _llama() -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return LlamaForCausalLM(LlamaConfig(**_LLAMA_LIKE))
+    return LlamaForCausalLM(LlamaConfig(**LLAMA_LIKE))
 
 
 def _mistral() -> Any:
     from transformers import MistralConfig, MistralForCausalLM
 
-    return MistralForCausalLM(MistralConfig(**_LLAMA_LIKE, sliding_window=6))
+    return MistralForCausalLM(MistralConfig(**LLAMA_LIKE, sliding_window=6))
 
 
 def _qwen2() -> Any:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    return Qwen2ForCausalLM(Qwen2Config(**_LLAMA_LIKE))
+    return Qwen2ForCausalLM(Qwen2Config(**LLAMA_LIKE))
 
 
 def _qwen3() -> Any:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    return Qwen3ForCausalLM(Qwen3Config(**_LLAMA_LIKE, head_dim=8))
+    return Qwen3ForCausalLM(Qwen3Config(**LLAMA_LIKE, head_dim=8))
 
 
 def _gemma2() -> Any:
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
-    return Gemma2ForCausalLM(Gemma2Config(**_LLAMA_LIKE, head_dim=8, query_pre_attn_scalar=8, sliding_window=6))
+    return Gemma2ForCausalLM(Gemma2Config(**LLAMA_LIKE, head_dim=8, query_pre_attn_scalar=8, sliding_window=6))
 
 
 def _gemma3() -> Any:
@@ -92,7 +93,7 @@ def _gemma3() -> Any:
 
     kinds = ["sliding_attention", "full_attention"] * (DEPTH // 2)
     config = Gemma3TextConfig(
-        **_LLAMA_LIKE, head_dim=8, query_pre_attn_scalar=8, sliding_window=6, layer_types=kinds
+        **LLAMA_LIKE, head_dim=8, query_pre_attn_scalar=8, sliding_window=6, layer_types=kinds
     )
     return Gemma3ForCausalLM(config)
 
@@ -100,7 +101,7 @@ def _gemma3() -> Any:
 def _phi3() -> Any:
     from transformers import Phi3Config, Phi3ForCausalLM
 
-    return Phi3ForCausalLM(Phi3Config(**_LLAMA_LIKE))
+    return Phi3ForCausalLM(Phi3Config(**LLAMA_LIKE))
 
 
 def _gpt2() -> Any:
@@ -112,7 +113,7 @@ def _gpt2() -> Any:
 def _gpt_neox() -> Any:
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-    shape = {key: value for key, value in _LLAMA_LIKE.items() if key != "num_key_value_heads"}
+    shape = {key: value for key, value in LLAMA_LIKE.items() if key != "num_key_value_heads"}
     return GPTNeoXForCausalLM(GPTNeoXConfig(**shape))
 
 
@@ -155,7 +156,7 @@ def _falcon() -> Any:
 def _mixtral() -> Any:
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    return MixtralForCausalLM(MixtralConfig(**_LLAMA_LIKE, num_local_experts=4, num_experts_per_tok=2))
+    return MixtralForCausalLM(MixtralConfig(**LLAMA_LIKE, num_local_experts=4, num_experts_per_tok=2))
 
 
 def _mamba() -> Any:
@@ -186,7 +187,7 @@ _BUILDERS: dict[str, Callable[[], Any]] = {
 def _original(name: str) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return _seeded(_BUILDERS[name](), _SEEDS.get(name, 0))
+        return seeded(_BUILDERS[name](), _SEEDS.get(name, 0))
 
 
 def tiny_model(name: str) -> Any:

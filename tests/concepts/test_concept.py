@@ -51,7 +51,9 @@ def concept() -> Concept:
     return Concept.from_activations("planted", *planted(200, 200))
 
 
-def with_accuracies(concept: Concept, accuracies: dict[int, float], *, error: float = 0.05, losses: Any = None) -> Concept:
+def with_accuracies(
+    concept: Concept, accuracies: dict[int, float], *, error: float = 0.05, losses: Any = None
+) -> Concept:
     """The same concept with other figures."""
     figures = {
         layer: dataclasses.replace(
@@ -308,7 +310,9 @@ def test_equal_texts_stay_on_one_side_also_where_groups_are_given(monkeypatch):
     assert (pairs[:, 0] == pairs[:, 1]).all()
 
 
-@pytest.mark.parametrize("groups", [([1] * 60,), ([1] * 59, [2] * 60), ([1] * 60, [2] * 61)], ids=["one", "short", "long"])
+@pytest.mark.parametrize(
+    "groups", [([1] * 60,), ([1] * 59, [2] * 60), ([1] * 60, [2] * 61)], ids=["one", "short", "long"]
+)
 def test_groups_are_a_pair_of_one_label_a_text(groups):
     with pytest.raises(TextsError, match=r"60 positive and 60 negative"):
         Concept.from_activations("c", *planted(), groups=groups)
@@ -419,10 +423,19 @@ def test_exactly_one_bound(concept, bounds, found):
 
 
 WRONG_BOUNDS = [
-    {"at_most": 0}, {"at_least": 1}, {"at_most": -0.1}, {"at_least": 1.5}, {"at_most": math.nan},
-    {"at_most": [0.1, math.nan]}, {"at_least": "0.5"}, {"at_most": True}, {"at_most": torch.tensor([[0.1, 0.2, 0.3, 0.4]])},
-    {"at_most": {0: 0.1, 2: -1}}, {"at_least": 0.5, "max_magnitude": 0}, {"at_least": 0.5, "positions": "first"},
-]  # fmt: skip
+    {"at_most": 0},
+    {"at_least": 1},
+    {"at_most": -0.1},
+    {"at_least": 1.5},
+    {"at_most": math.nan},
+    {"at_most": [0.1, math.nan]},
+    {"at_least": "0.5"},
+    {"at_most": True},
+    {"at_most": torch.tensor([[0.1, 0.2, 0.3, 0.4]])},
+    {"at_most": {0: 0.1, 2: -1}},
+    {"at_least": 0.5, "max_magnitude": 0},
+    {"at_least": 0.5, "positions": "first"},
+]
 
 
 @pytest.mark.parametrize("arguments", WRONG_BOUNDS, ids=str)
@@ -437,9 +450,16 @@ def test_wrong_magnitudes_are_refused(concept, magnitude):
         concept.add(magnitude)
 
 
-@pytest.mark.parametrize("make", [lambda c, l: c.add({l: 1.0}), lambda c, l: c.constrain(at_most={l: 0.1}),
-                                  lambda c, l: c.erase(layers=l), lambda c, l: c.add(1.0, layers=[0, l])],
-                         ids=["add", "constrain", "erase", "layers"])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda c, l: c.add({l: 1.0}),
+        lambda c, l: c.constrain(at_most={l: 0.1}),
+        lambda c, l: c.erase(layers=l),
+        lambda c, l: c.add(1.0, layers=[0, l]),
+    ],
+    ids=["add", "constrain", "erase", "layers"],
+)
 @pytest.mark.parametrize("layer", [1, 4, -5])
 def test_a_layer_without_a_probe_is_refused_everywhere(concept, make, layer):
     with pytest.raises(LayerError) as caught:
@@ -514,14 +534,20 @@ def concept_model() -> tuple[Any, Tensor]:
 
 def sentences(words: range, count: int = 60, seed: int = 0) -> list[str]:
     generator = np.random.default_rng(seed)
-    return [" ".join(f"w{w}" for w in generator.choice(list(words), size=generator.integers(2, 7))) for _ in range(count)]
+    return [
+        " ".join(f"w{w}" for w in generator.choice(list(words), size=generator.integers(2, 7))) for _ in range(count)
+    ]
 
 
 @pytest.fixture(scope="module")
 def fitted() -> tuple[Any, Tensor, Concept]:
     model, planted_direction = concept_model()
     concept = Concept.fit(
-        "planted", model, tiny_tokenizer(), positive=sentences(POSITIVE_WORDS), negative=sentences(NEGATIVE_WORDS, 50, 1)
+        "planted",
+        model,
+        tiny_tokenizer(),
+        positive=sentences(POSITIVE_WORDS),
+        negative=sentences(NEGATIVE_WORDS, 50, 1),
     )
     return model, planted_direction, concept
 
@@ -605,9 +631,17 @@ def test_erasing_leaves_a_probe_blind(fitted):
 def test_fit_on_some_layers_with_another_reading(fitted, read):
     model = fitted[0]
     concept = Concept.fit(
-        "c", model, tiny_tokenizer(), positive=sentences(POSITIVE_WORDS), negative=sentences(NEGATIVE_WORDS), layers=[-1, 1],
-        read=read, direction="pattern", batch_size=7, seed=2,
-    )  # fmt: skip
+        "c",
+        model,
+        tiny_tokenizer(),
+        positive=sentences(POSITIVE_WORDS),
+        negative=sentences(NEGATIVE_WORDS),
+        layers=[-1, 1],
+        read=read,
+        direction="pattern",
+        batch_size=7,
+        seed=2,
+    )
     assert concept.layers == (1, 3)
     assert concept.direction == "pattern"
     assert concept.made["read"] == read
@@ -652,9 +686,13 @@ FIT_ERRORS: dict[str, tuple[type[Exception], dict[str, Any]]] = {
 @pytest.mark.parametrize(("error", "arguments"), FIT_ERRORS.values(), ids=FIT_ERRORS.keys())
 def test_fit_refuses_before_it_runs_the_model(fitted, error, arguments):
     given: dict[str, Any] = {
-        "name": "c", "model": fitted[0], "tokenizer": tiny_tokenizer(), "positive": sentences(POSITIVE_WORDS, 20),
-        "negative": sentences(NEGATIVE_WORDS, 20), **arguments,
-    }  # fmt: skip
+        "name": "c",
+        "model": fitted[0],
+        "tokenizer": tiny_tokenizer(),
+        "positive": sentences(POSITIVE_WORDS, 20),
+        "negative": sentences(NEGATIVE_WORDS, 20),
+        **arguments,
+    }
     calls: list[Any] = []
     handle = fitted[0].model.register_forward_pre_hook(lambda *_: calls.append(1))
     try:

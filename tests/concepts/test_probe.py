@@ -105,7 +105,9 @@ def test_the_regularisation_is_the_one_with_the_least_cross_validated_log_loss()
     for strength in module._STRENGTHS:
         folds = []
         for a, b in parts.folds:
-            model = make_pipeline(StandardScaler(), LogisticRegression(C=strength, class_weight="balanced", max_iter=2000))
+            model = make_pipeline(
+                StandardScaler(), LogisticRegression(C=strength, class_weight="balanced", max_iter=2000)
+            )
             logits = model.fit(train[a], truth[a]).decision_function(train[b])
             each = np.logaddexp(0, np.where(truth[b] == 1, -logits, logits))
             folds.append((each[truth[b] == 1].mean() + each[truth[b] == 0].mean()) / 2)
@@ -430,7 +432,9 @@ def test_the_scale_of_single_coordinates_is_irrelevant_to_what_the_probe_reads()
     states, labels = gaussians()
     scale = np.exp(np.random.default_rng(2).normal(size=D_MODEL))
     plain, scaled = fit(states, labels), fit(states * scale, labels)
-    assert_close(scaled.probe.logit(torch.tensor(states * scale)), plain.probe.logit(torch.tensor(states)), atol=1e-3, rtol=1e-3)
+    assert_close(
+        scaled.probe.logit(torch.tensor(states * scale)), plain.probe.logit(torch.tensor(states)), atol=1e-3, rtol=1e-3
+    )
 
 
 def test_the_fit_is_silent_and_leaves_its_inputs_alone():

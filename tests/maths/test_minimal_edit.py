@@ -367,7 +367,9 @@ def test_the_naive_sum_of_papers_section_3_5_in_probabilities():
     """Targets .99, .9 and .001 are hit by the joint edit; the naive sum overshoots."""
     problem = make(3, seed=15, correlation=1.5, rows=1)
     targets = torch.tensor([0.99, 0.9, 0.001], dtype=torch.float64)
-    problem = problem._replace(logit=torch.logit(targets)[None], sense=torch.tensor([1.0, 1.0, -1.0]), bias=torch.zeros(3))
+    problem = problem._replace(
+        logit=torch.logit(targets)[None], sense=torch.tensor([1.0, 1.0, -1.0]), bias=torch.zeros(3)
+    )
     reached = problem.logits(problem.hidden_states + problem.edit()).sigmoid()[0]
     assert (problem.sense * (reached - targets)).min() > -1e-9
     naive = sum_of_singles(problem)
@@ -394,7 +396,9 @@ def band(count: int, low: float, high: float, *, flipped: bool = False, seed: in
         problem.hidden_states,
         torch.cat([problem.weight, sign * problem.weight[:1]]),
         torch.cat([problem.bias, sign * problem.bias[:1]]),
-        torch.cat([torch.full((ROWS, 1), low), problem.logit[:, 1:], torch.full((ROWS, 1), sign * high)], dim=1).double(),
+        torch.cat(
+            [torch.full((ROWS, 1), low), problem.logit[:, 1:], torch.full((ROWS, 1), sign * high)], dim=1
+        ).double(),
         torch.cat([torch.ones(1), problem.sense[1:], -sign * torch.ones(1)]).double(),
     )
 
@@ -425,9 +429,12 @@ def test_a_band_of_no_width_is_an_equality():
 def test_a_bound_and_an_equality_on_one_probe():
     problem = make(1, seed=18)
     both = Problem(
-        problem.hidden_states, problem.weight.repeat(2, 1), problem.bias.repeat(2), torch.tensor([0.2, 0.5]),
+        problem.hidden_states,
+        problem.weight.repeat(2, 1),
+        problem.bias.repeat(2),
+        torch.tensor([0.2, 0.5]),
         torch.tensor([0.0, -1.0]),
-    )  # fmt: skip
+    )
     after = problem.hidden_states + both.edit()
     assert_close(problem.logits(after)[:, 0], torch.full((ROWS,), 0.2).double(), atol=1e-6, rtol=0)
 
@@ -523,9 +530,12 @@ def test_any_leading_shape(shape, count):
     problem = make(count, seed=24, rows=max(1, math.prod(shape)))
     rows = math.prod(shape)
     edit = minimal_edit(
-        problem.hidden_states[:rows].reshape(*shape, D_MODEL), problem.weight, problem.bias,
-        problem.logit[:rows].reshape(*shape, count), problem.sense,
-    )  # fmt: skip
+        problem.hidden_states[:rows].reshape(*shape, D_MODEL),
+        problem.weight,
+        problem.bias,
+        problem.logit[:rows].reshape(*shape, count),
+        problem.sense,
+    )
     assert edit.shape == (*shape, D_MODEL)
     assert_close(edit.reshape(rows, D_MODEL), problem.edit()[:rows], atol=1e-12, rtol=1e-12)
 
