@@ -5,7 +5,7 @@
 1. Every tiny architecture of tests/tiny.py, float32 and bfloat16, one to three bounds (probabilities from 1e-6 to
    1 - 1e-6) at each of its four layers, padded batches and the single-token passes of decoding: what a probe reads off
    the block's output against its bound. Which bounds are active is recovered from the edit itself, by least squares.
-   In bfloat16 the error is also given in units of what rounding the output can do to the logit.
+   The error is also given as a share of what rounding the output to its own dtype can do to the logit.
 2. Random problems of one to six bounds: the edit's squared length against quadprog's, in the Euclidean metric
    (direction w) and the Mahalanobis one (direction Sigma w), and what is left of the bounds.
 3. The naive sum of single-concept edits on the same problems: by how many logits it misses the bounds.
@@ -29,7 +29,6 @@ from steerkit.model import find_decoder, hidden_states_of
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from tiny import MODELS, VOCABULARY, tiny_model
 
-UNIT = 2.0**-8  # half the distance between 1 and the next bfloat16
 ACTIVE = 0.02  # as a share of the largest multiplier that the dtype's rounding cannot fake
 
 
@@ -72,7 +71,7 @@ def read_block_outputs(model, bounds, ids, mask):
 
 
 def errors_at(layer, bounds, before, after, real):
-    """Return the errors of the active bounds and how far any bound is broken, in logits, with the rounding allowed."""
+    """Return what the probes read against their bounds at one layer: errors of active ones, misses of any."""
     old, new = before[layer][real].double(), after[layer][real].double()
     weight = torch.stack([bound.weights[layer] for bound in bounds]).double()
     sense = torch.tensor([float(bound.sense) for bound in bounds], dtype=torch.float64)
@@ -81,16 +80,17 @@ def errors_at(layer, bounds, before, after, real):
     multipliers = sense * torch.linalg.lstsq(weight.T, (new - old).T).solution.T
     noise = new.norm(dim=-1, keepdim=True) * torch.finfo(before[layer].dtype).eps
     active = multipliers > torch.maximum(ACTIVE * multipliers.amax(dim=-1, keepdim=True), 4 * noise)
-    allowed = UNIT * new.abs() @ weight.abs().T
+    allowed = torch.finfo(before[layer].dtype).eps / 2 * new.abs() @ weight.abs().T
     untouched = (sense * (old @ weight.T + 0.5 - logit) > 1e-4).all(dim=-1)
-    changed = int((old[untouched] != new[untouched]).any(dim=-1).sum())
-    return (
-        slack.abs()[active],
-        (-slack).clamp(min=0).flatten(),
-        (slack.abs() / allowed)[active],
-        changed,
-        int(untouched.sum()),
-    )
+    changed = (old[untouched] != new[untouched]).any(dim=-1).sum()
+    return {
+        "error": slack.abs()[active],
+        "miss": (-slack).clamp(min=0).flatten(),
+        "rounding": (slack.abs() / allowed)[active],
+        "norm": new.norm(dim=-1),
+        "within": untouched.sum()[None],
+        "changed": changed[None],
+    }
 
 
 def architectures(trials, seed):
@@ -106,32 +106,30 @@ def architectures(trials, seed):
                 except SteerkitError as error:
                     worst[name] = f"refused: {error}"
                     break
-                bounds = random_bounds(1 + trial % 3, tuple(range(decoder.depth)), decoder.d_model, rng)
+                bounds = random_bounds(1 + trial // 2 % 3, tuple(range(decoder.depth)), decoder.d_model, rng)
                 length = 1 if trial % 2 else 12
                 ids = torch.randint(3, VOCABULARY, (4, length), generator=rng)
                 mask = torch.ones_like(ids)
                 if length > 1:
                     mask[1, :3] = mask[2, :7] = 0
                 before, after, short = read_block_outputs(model, bounds, ids, mask if length > 1 else None)
-                found["short form"].append(short and len(bounds) == 1)
+                found["short"].append(torch.tensor([short and len(bounds) == 1]))
                 for layer in before:
                     assert torch.equal(before[layer][mask == 0], after[layer][mask == 0]), "padding was edited"
-                    error, broken, rounding, changed, held = errors_at(layer, bounds, before, after, mask.bool())
-                    for key, values in (("active", error), ("broken", broken), ("rounding", rounding)):
+                    for key, values in errors_at(layer, bounds, before, after, mask.bool()).items():
                         found[key].append(values)
-                    found["changed"].append(changed)
-                    found["held"].append(held)
             else:
-                joined = {key: torch.cat(found[key]) for key in ("active", "broken", "rounding")}
+                of = {key: torch.cat(values) for key, values in found.items()}
                 worst[f"{name}, {str(dtype).removeprefix('torch.')}"] = {
-                    "active bounds": len(joined["active"]),
-                    "worst error, logits": float(joined["active"].max()),
-                    "median error, logits": float(joined["active"].median()),
-                    "worst miss of any bound, logits": float(joined["broken"].max()),
-                    "worst error / bfloat16 rounding": float(joined["rounding"].max()),
-                    "rows within all bounds": sum(found["held"]),
-                    "of them changed": sum(found["changed"]),
-                    "trials in the short form": sum(found["short form"]),
+                    "active bounds": len(of["error"]),
+                    "worst error, logits": float(of["error"].max()),
+                    "median error, logits": float(of["error"].median()),
+                    "worst miss of any bound, logits": float(of["miss"].max()),
+                    "worst error / rounding": float(of["rounding"].max()),
+                    "median norm": float(of["norm"].median()),
+                    "rows within all bounds": int(of["within"].sum()),
+                    "of them changed": int(of["changed"].sum()),
+                    "passes in the short form": int(of["short"].sum()),
                 }
     return worst
 
@@ -181,10 +179,10 @@ def main():
     figures = header(given)
     quiet()
     figures["architectures"] = architectures(given.trials, given.seed)
-    head = ("active bounds", "worst error, logits", "median error, logits", "worst miss of any bound, logits",
-            "worst error / bfloat16 rounding", "rows within all bounds", "of them changed", "trials in the short form")  # fmt: skip
+    head = next(list(f) for f in figures["architectures"].values() if isinstance(f, dict))
     rows = [
-        (name, *(f"{f[key]:.1e}" if isinstance(f[key], float) else f[key] for key in head)) if isinstance(f, dict) else (name, f, *[""] * 7)
+        (name, *(f"{v:.1e}" if isinstance(v, float) else v for v in f.values())) if isinstance(f, dict)
+        else (name, f, *[""] * (len(head) - 1))
         for name, f in figures["architectures"].items()
     ]  # fmt: skip
     table(rows, ("architecture", *head))

@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from steerkit import storage
 from steerkit.errors import LayerError, TextsError
+from steerkit.hooks import rows_are_samples
 from steerkit.model import Fingerprint, find_decoder, hidden_states_of, resolve_layers
 from steerkit.types import Layers, Text
 
@@ -73,15 +74,15 @@ class Activations:
     @classmethod
     def from_stored(cls, stored: storage.Stored) -> "Activations":
         """Rebuild from a file that `storage.read` has checked."""
-        layers = stored.entry("layers", list)
+        fingerprint = stored_fingerprint(stored)
+        layers = stored.layers(None if fingerprint is None else fingerprint.depth)
         read = stored.entry("read", str)
-        if read not in ("last", "mean") or not layers or not all(isinstance(layer, int) for layer in layers):
-            raise stored.broken(f"read={read!r}, layers={layers!r:.60}")
         states = {layer: stored.tensor(f"layer.{layer}", -1, -1) for layer in layers}
-        if len({tuple(s.shape) for s in states.values()}) != 1:
-            raise stored.broken("layers of different sizes")
         digests = tuple(str(digest) for digest in stored.entry("digests", list))
-        return cls(states, read, stored_fingerprint(stored), digests)
+        sizes = {tuple(s.shape) for s in states.values()}
+        if read not in ("last", "mean") or len(sizes) != 1 or len(digests) not in (0, len(states[layers[0]])):
+            raise stored.broken(f"read={read!r}, states of sizes {sizes}, {len(digests)} digests")
+        return cls(states, cast(Read, read), fingerprint, digests)
 
 
 def record(
@@ -96,7 +97,8 @@ def record(
 ) -> Activations:
     """Record the residual stream after decoder blocks, one vector a text and layer.
 
-    Reads what the next block would read: with a Controller attached, the steered state. The order of `texts` is kept,
+    Reads what the next block would read: with a Controller attached, the steered state, text i with the amounts of sample
+    i. The order of `texts` is kept,
     and neither batching nor the tokenizer's padding side changes a value beyond rounding.
 
     Args:
@@ -144,7 +146,8 @@ def record(
         bar = stack.enter_context(tqdm(total=len(texts), desc="recording", unit="text", disable=not progress))
         for rows in _batches(order, [len(ids) for ids in tokens], batch_size):
             padded, reader.mask = _pad([tokens[i] for i in rows])
-            decoder.body(input_ids=padded.to(device), attention_mask=reader.mask.to(device), use_cache=False)
+            with rows_are_samples(decoder.model, rows, len(texts)):
+                decoder.body(input_ids=padded.to(device), attention_mask=reader.mask.to(device), use_cache=False)
             for layer in chosen:
                 states[layer][rows] = reader.kept[layer]
             bar.update(len(rows))
@@ -238,12 +241,18 @@ def _rendered(tokenizer: Any, messages: Sequence[Mapping[str, Any]], index: int)
             index=index,
         )
     answered = messages[-1]["role"] == "assistant"
-    return tokenizer.apply_chat_template(
-        [dict(message) for message in messages],
-        tokenize=False,
-        add_generation_prompt=not answered,
-        continue_final_message=answered,
-    )
+    try:
+        return tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tokenize=False,
+            add_generation_prompt=not answered,
+            continue_final_message=answered,
+        )
+    except Exception as error:  # a template may raise whatever it likes
+        raise TextsError(
+            f"The chat template must take each conversation. It refuses text {index}: {error}. Change its messages.",
+            index=index,
+        ) from error
 
 
 def _batches(order: list[int], lengths: list[int], batch_size: int | None) -> list[list[int]]:

@@ -234,14 +234,10 @@ class Controller:
             self._check_rows_compiled(moment)
             return
         self._check_samples(moment.samples)
-        if moment.rows % moment.samples:
-            raise SamplesError(
-                f"Rows of a forward pass must be samples times beams or return sequences. Found {moment.rows} rows for "
-                f"{moment.samples} samples. Pass whole prompts to generate."
-            )
         everywhere = all(moment.where(each.positions) is True for each in self.interventions)
         autocast = torch.is_autocast_enabled(moment.device.type)
-        self._pass.plain = everywhere and not self.record_magnitudes and not autocast
+        ordinary = not self.record_magnitudes and not autocast and moment.assigned is None
+        self._pass.plain = everywhere and ordinary
         if self.record_magnitudes:
             new = moment.generation is not self._recorded if moment.generation else moment.start == 0
             if new:

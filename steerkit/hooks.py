@@ -9,17 +9,20 @@ on the module that owns the blocks places each forward pass at cache length + ar
 
 import functools
 import inspect
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from steerkit.errors import AttachError
+from steerkit.errors import AttachError, SamplesError
 
 _running: "WeakKeyDictionary[nn.Module, Clock]" = WeakKeyDictionary()
+
+_STREAMS = ("input_ids", "inputs_embeds", "hidden_states")
+"""What the module that owns the blocks may take its rows and positions from."""
 
 Where = bool | Tensor
 """Positions to edit in a forward pass: all, none, or a mask that broadcasts to `"batch pos"`."""
@@ -36,7 +39,13 @@ class Generation:
         self.last = None if mask is None else length - 1 - mask.flip(-1).int().argmax(dim=-1)
         """`"sample"`: the column of the last real token."""
         self.seen = 0
-        """Columns run so far, for caches that do not know their length (state-space models)."""
+        """Columns run so far in passes without a cache that knows its length."""
+
+    def advance(self, length: int) -> int:
+        """Return where a pass starts that comes without such a cache: it holds the whole sequence, or what is new of it."""
+        start = 0 if length > self.seen else self.seen
+        self.seen = start + length
+        return start
 
 
 class Moment:
@@ -50,22 +59,29 @@ class Moment:
         device: torch.device,
         mask: Any,
         generation: Generation | None,
+        assigned: tuple[Tensor, int] | None = None,
     ) -> None:
         self.rows = rows
         self.length = length
         self.start = start
         self.device = device
         self.generation = generation
+        self.assigned = assigned
+        """In a bare forward pass over a part of many samples: which each row is, and how many there are."""
         self._mask = mask
         self._where: dict[str, Where] = {}
 
     @property
     def samples(self) -> int:
         """Samples among the rows: the recorded prompts, or the rows themselves in a bare forward pass."""
+        if self.assigned is not None:
+            return self.assigned[1]
         return self.rows if self.generation is None else self.generation.samples
 
     def sample_of_row(self) -> Tensor:
         """Return `"batch"`: which sample each row belongs to, in `repeat_interleave` order."""
+        if self.assigned is not None:
+            return self.assigned[0].to(self.device)
         return torch.arange(self.rows, device=self.device) // (self.rows // self.samples)
 
     def where(self, positions: str) -> Where:
@@ -141,6 +157,7 @@ class Clock:
     def __init__(self, model: Any, owner: nn.Module) -> None:
         self.model = model
         self.generations: list[Generation] = []
+        self.assigned: tuple[Tensor, int] | None = None
         self.listeners: list[Callable[[Moment], None]] = []
         self.on_generate: list[Callable[[int], None]] = []
         self.compiled = False
@@ -215,20 +232,35 @@ class Clock:
             index = self._place.get(name, len(args))
             return args[index] if index < len(args) else None
 
-        tokens = argument("input_ids")
-        tokens = argument("inputs_embeds") if tokens is None else tokens
+        tokens = next(t for name in _STREAMS if (t := argument(name)) is not None)
         rows, length = tokens.shape[0], tokens.shape[1]
         generation = self.generations[-1] if self.generations else None
-        cache, state = argument("past_key_values"), argument("cache_params")
-        start = 0 if cache is None else _cache_length(cache)
-        if generation is not None and (state is not None or start is None):
-            # A state-space model's cache does not know how many columns it has seen.
-            start = generation.seen
-            generation.seen += length
-        start = 0 if start is None else start
-        moment = Moment(rows, length, start, tokens.device, argument("attention_mask"), generation)
+        if generation is not None and rows % generation.samples:
+            raise SamplesError(
+                f"Rows of a forward pass must be samples times beams or return sequences. Found {rows} rows for "
+                f"{generation.samples} samples. Pass whole prompts to generate."
+            )
+        cache = argument("past_key_values")
+        start = None if cache is None else _cache_length(cache)
+        if start is None:
+            start = 0 if generation is None else generation.advance(length)
+        assigned = None if generation is not None else self.assigned
+        moment = Moment(rows, length, start, tokens.device, argument("attention_mask"), generation, assigned)
         for listener in self.listeners:
             listener(moment)
+
+
+@contextmanager
+def rows_are_samples(model: Any, rows: Sequence[int], samples: int) -> Iterator[None]:
+    """Within, the rows of bare forward passes are these of so many samples; for batches that are sorted or split."""
+    clock = _running.get(model)
+    if clock is not None:
+        clock.assigned = (torch.tensor(rows), samples)
+    try:
+        yield
+    finally:
+        if clock is not None:
+            clock.assigned = None
 
 
 def _cache_length(cache: Any) -> int | Tensor | None:

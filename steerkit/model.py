@@ -260,7 +260,8 @@ class Fingerprint:
             ArtefactError: the parts do not describe a base model.
         """
         kinds = {"digest": str, "name": str, "depth": int, "d_model": int}
-        if not isinstance(header, dict) or any(not isinstance(header.get(key), kind) for key, kind in kinds.items()):
+        whole = isinstance(header, dict) and all(type(header.get(key)) is kind for key, kind in kinds.items())
+        if not whole or len(values) != _SAMPLES:
             raise ArtefactError(f"A file must describe its base model. Found {header!r:.80}. Make the file again.")
         return cls(**{key: header[key] for key in kinds}, values=values)
 

@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -36,24 +37,34 @@ class Stored:
         """Return the error for a file whose parts do not fit each other."""
         return ArtefactError(f"{self.path} must hold a consistent {self.kind}. Found {why}. Make the file again.")
 
-    def tensor(self, name: str, *shape: int, finite: bool = True) -> Tensor:
-        """Return one tensor; its shape (-1: any) and, unless told otherwise, its finiteness are checked."""
+    def tensor(self, name: str, *shape: int, dtype: torch.dtype = torch.float32, finite: bool = True) -> Tensor:
+        """Return one tensor as `dtype`; its shape (-1: any but 0), kind and, unless told otherwise, finiteness are checked."""
         found = self.tensors.get(name)
         if found is None:
             raise self.broken(f"no tensor {name!r}")
         fits = len(found.shape) == len(shape) and all(
-            want in (-1, have) for want, have in zip(shape, found.shape, strict=True)
+            have == want or (want == -1 and have > 0) for want, have in zip(shape, found.shape, strict=True)
         )
         if not fits:
             raise self.broken(f"{name!r} of shape {tuple(found.shape)} where {shape} belongs")
-        if not found.is_floating_point() or (finite and not bool(found.isfinite().all())):
+        if found.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise self.broken(f"{name!r} of {found.dtype}")
+        if finite and not bool(found.isfinite().all()):
             raise self.broken(f"{name!r} with values that are not finite numbers")
-        return found
+        return found.to(dtype)
+
+    def layers(self, depth: int | None) -> list[int]:
+        """Return the header's layers: increasing, without doubles, below `depth`."""
+        layers = self.entry("layers", list)
+        whole = all(type(layer) is int and layer >= 0 for layer in layers)
+        if not layers or not whole or sorted(set(layers)) != layers or (depth is not None and layers[-1] >= depth):
+            raise self.broken(f"layers={layers!r:.60} in a model of {depth} blocks")
+        return layers
 
     def entry(self, name: str, kind: type | tuple[type, ...]) -> Any:
         """Return one entry of the header; its type is checked."""
         value = self.header.get(name)
-        if not isinstance(value, kind):
+        if not isinstance(value, kind) or isinstance(value, bool):
             raise self.broken(f"{name} = {value!r:.60} in the header")
         return value
 
@@ -86,6 +97,15 @@ def write(
 
 def write_bytes(target: Path, blob: bytes) -> None:
     """Replace a file by new bytes, or leave it as it was."""
+    try:
+        _replace(target, blob)
+    except OSError as error:
+        raise ArtefactError(
+            f"{target} could not be written ({error.strerror}). Nothing was changed. Free space or choose another path."
+        ) from error
+
+
+def _replace(target: Path, blob: bytes) -> None:
     if target.is_dir():
         raise ArtefactError(f"A file path is required. Found the folder {target}. Add a file name.")
     if not target.parent.is_dir():
@@ -95,7 +115,7 @@ def write_bytes(target: Path, blob: bytes) -> None:
         raise ArtefactError(f"{target} must be writable. Found a read-only file. Choose another path.")
     temporary: str | None = None
     try:
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".steerkit.")
         with os.fdopen(handle, "wb") as file:
             file.write(blob)
             file.flush()
@@ -103,10 +123,6 @@ def write_bytes(target: Path, blob: bytes) -> None:
         os.chmod(temporary, stat.S_IMODE(mode) if mode is not None else 0o666 & ~_umask())
         os.replace(temporary, target)
         temporary = None
-    except OSError as error:
-        raise ArtefactError(
-            f"{target} could not be written ({error.strerror}). Nothing was changed. Free space or choose another path."
-        ) from error
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
@@ -125,10 +141,13 @@ def read(path: str | os.PathLike[str]) -> Stored:
         ArtefactError: the file is missing, damaged, not ours, or from a newer format.
     """
     source = Path(path)
-    if source.is_dir():
-        raise ArtefactError(f"A steerkit file is required. Found the folder {source}. Name the file in it.")
-    if not source.exists():
-        raise ArtefactError(f"A steerkit file is required. {source} does not exist. Check the path.")
+    try:
+        if source.is_dir():
+            raise ArtefactError(f"A steerkit file is required. Found the folder {source}. Name the file in it.")
+        if not source.exists():
+            raise ArtefactError(f"A steerkit file is required. {source} does not exist. Check the path.")
+    except OSError as error:
+        raise ArtefactError(f"A steerkit file is required. {source} cannot be read ({error.strerror}).") from error
     try:
         with safe_open(source, framework="pt") as file:
             metadata = file.metadata() or {}

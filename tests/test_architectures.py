@@ -90,13 +90,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "shared_expert_intermediate_size": 16,
     },
     "recurrent_gemma": {**LLAMA_LIKE, "head_dim": 8, "lru_width": D_MODEL, "attention_window_size": 6},
-    "rwkv": {
-        **_IDS,
-        "hidden_size": D_MODEL,
-        "num_hidden_layers": DEPTH,
-        "attention_hidden_size": D_MODEL,
-        "intermediate_size": 48,
-    },
     "stablelm": LLAMA_LIKE,
     "xglm": {**_IDS, "d_model": D_MODEL, "num_layers": DEPTH, "attention_heads": 4, "ffn_dim": 48},
 }
@@ -184,6 +177,48 @@ def test_steered_or_refused(name: str) -> None:
         return
     assert "detached" in repr(control)
     assert_steered(model)
+
+
+def _rwkv() -> Any:
+    import transformers
+
+    config = transformers.RwkvConfig(
+        **_IDS, hidden_size=D_MODEL, num_hidden_layers=DEPTH, attention_hidden_size=D_MODEL, intermediate_size=48
+    )
+    return seeded(transformers.RwkvForCausalLM(config), 0)
+
+
+STATEFUL: dict[str, Callable[[], Any]] = {
+    "mamba": lambda: build("mamba"),
+    "mamba2": lambda: build("mamba2"),
+    "recurrent_gemma": lambda: build("recurrent_gemma"),
+    "falcon_h1": lambda: build("falcon_h1"),
+    "rwkv": _rwkv,
+}
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_states_that_know_no_length_are_edited_at_every_step(name: str) -> None:
+    """Decoding from a state (transformers' own rwkv decodes other tokens from one): each new column is edited once.
+
+    Or the architecture is refused.
+    """
+    model, ids, depth = STATEFUL[name](), prompts(), 2
+    edits = [
+        random_addition((depth,), [STRONG, -STRONG], positions="last", name="last"),
+        random_addition((depth,), [STRONG, -STRONG], positions="generated", name="generated", seed=3),
+    ]
+    try:
+        control = Controller(model, edits, record_magnitudes=True)
+    except UnsupportedModelError:
+        return
+    with control:
+        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False)
+        found = {name: layers[depth] for name, layers in control.magnitudes.items()}
+    for positions, first in (("last", ids.shape[1] - 1), ("generated", ids.shape[1])):
+        expected = torch.zeros(2, ids.shape[1] + NEW - 1)
+        expected[:, first:] = torch.tensor([[STRONG], [-STRONG]])
+        assert torch.equal(found[positions], expected)
 
 
 def _encoder(kind: str, head: str = "Model", **more: Any) -> Any:

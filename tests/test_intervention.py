@@ -287,17 +287,32 @@ def test_a_constraint_moves_along_its_direction_and_not_along_its_probe():
     assert logit(constraint, hidden + moved).min() > math.log(9) - 1e-4
 
 
+@pytest.mark.parametrize("bound", [{"at_least": 0.999}, {"at_most": 0.001}], ids=str)
 @pytest.mark.parametrize("cap", [0.01, 0.1, 0.3])
-def test_a_cap_is_a_fraction_of_the_norm(cap):
+def test_a_cap_is_a_fraction_of_the_norm(cap, bound):
     hidden = states()
-    free = apply([random_constraint(at_least=0.999)], hidden) - hidden
-    capped = apply([random_constraint(at_least=0.999, max_magnitude=cap)], hidden) - hidden
+    free = apply([random_constraint(**bound)], hidden) - hidden
+    capped = apply([random_constraint(**bound, max_magnitude=cap)], hidden) - hidden
     limit = cap * hidden.norm(dim=-1)
     wanted = torch.minimum(free.norm(dim=-1), limit)
     assert (free.norm(dim=-1) > limit).any()
     assert_close(capped.norm(dim=-1), wanted, atol=1e-5, rtol=1e-5)
     direction = random_constraint().directions[1]
     assert_close(capped, (capped @ direction)[..., None] * direction, atol=1e-5, rtol=1e-4)
+    assert (capped * free).sum(dim=-1).min() >= 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_untouched_means_bit_for_bit_also_for_minus_zero(dtype):
+    """-0.0 + 0.0 is +0.0: rows that nobody edits must not even take part in the sum."""
+    hidden = states(dtype=dtype)
+    hidden[..., ::4] = -0.0
+    constraint = random_constraint(at_most=0.5)
+    after = apply([constraint], hidden)
+    held = logit(constraint, hidden) < 0
+    assert 0 < held.sum() < held.numel()
+    assert torch.equal(after[held].signbit(), hidden[held].signbit())
+    assert torch.equal(after[held], hidden[held])
 
 
 def test_a_cap_that_is_not_reached_changes_nothing():

@@ -1,4 +1,4 @@
-"""Contract 10: bit-exact files; damaged, hostile and foreign ones give a SteerkitError; failed writes change nothing."""
+"""Contract 10: bit-exact files; damaged or hostile ones give a SteerkitError; failed writes change nothing."""
 
 import dataclasses
 import errno

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import math
 import os
 import sys
 import warnings
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from steerkit import storage
 from steerkit.activations import Activations, Read, checked_texts, record, stored_fingerprint
-from steerkit.concepts.probe import Figures, Probe, fit_probes, split
+from steerkit.concepts.probe import Figures, Probe, at_chance, fit_probes, split
 from steerkit.errors import AmountError, LayerError, SteerkitWarning, TextsError
 from steerkit.intervention import Addition, Constraint, Erasure
 from steerkit.model import Fingerprint, find_decoder, resolve_layers
@@ -167,8 +168,8 @@ class Concept:
                 "negative": len(negative),
                 "held_out": int(parts.held_out.sum()),
                 "read": positive.read,
-                "seed": seed,
-                "regularisation": regularisation,
+                "seed": int(seed),
+                "regularisation": None if regularisation is None else float(regularisation),
                 "digest": _digest(positive, negative),
             },
         )
@@ -177,10 +178,10 @@ class Concept:
 
     def _warn_at_chance(self) -> None:
         best = self.figures[self.best_layer]
-        if best.accuracy_interval[0] <= 0.5:
+        if at_chance(best, tried=len(self.layers)):
             warnings.warn(
                 f"No probe of {self.name!r} is better than chance on {self.made['held_out']} held-out texts: the best, at "
-                f"layer {self.best_layer}, has accuracy {best.accuracy:.2f} "
+                f"layer {self.best_layer} of {len(self.layers)}, has accuracy {best.accuracy:.2f} "
                 f"[{best.accuracy_interval[0]:.2f}, {best.accuracy_interval[1]:.2f}]. Steering along it moves something "
                 "else. Use more or clearer texts.",
                 SteerkitWarning,
@@ -381,22 +382,24 @@ class Concept:
     @classmethod
     def from_stored(cls, stored: storage.Stored) -> "Concept":
         """Rebuild from a file that `storage.read` has checked."""
-        layers = stored.entry("layers", list)
         depth = stored.entry("depth", int)
+        layers = stored.layers(depth)
         direction = stored.entry("direction", str)
+        fingerprint = stored_fingerprint(stored)
         count = len(layers)
-        whole = all(isinstance(layer, int) and 0 <= layer < depth for layer in layers)
-        if not layers or not whole or sorted(set(layers)) != layers or direction not in DIRECTIONS:
-            raise stored.broken(f"layers={layers!r:.60}, depth={depth}, direction={direction!r}")
         weight = stored.tensor("weight", count, -1)
         width = weight.shape[1]
-        bias, norms = stored.tensor("bias", count), stored.tensor("norm", count)
+        own = fingerprint is None or (fingerprint.depth, fingerprint.d_model) == (depth, width)
+        if direction not in DIRECTIONS or not own:
+            raise stored.broken(f"direction={direction!r}, depth={depth} and width={width} on {fingerprint}")
+        bias = stored.tensor("bias", count, dtype=torch.float64)
+        norms = stored.tensor("norm", count, dtype=torch.float64)
         figures = stored.entry("figures", list)
         if len(figures) != count:
             raise stored.broken(f"{len(figures)} figures for {count} layers")
         try:
             rebuilt = [_figures(entry) for entry in figures]
-        except (TypeError, ValueError, KeyError) as error:
+        except (TypeError, ValueError, KeyError, OverflowError) as error:
             raise stored.broken(f"figures that are not numbers ({error})") from error
         stacks = {kind: stored.tensor(f"direction.{kind}", count, width) for kind in DIRECTIONS}
         at = list(enumerate(layers))
@@ -408,17 +411,21 @@ class Concept:
             direction=cast(Direction, direction),
             norms={layer: float(norms[i]) for i, layer in at},
             depth=depth,
-            fingerprint=stored_fingerprint(stored),
+            fingerprint=fingerprint,
             made=stored.entry("made", dict),
         )
 
 
 def _figures(entry: Any) -> Figures:
-    values = {
-        name: tuple(float(v) for v in entry[name]) if name.endswith("interval") else float(entry[name])
-        for name in Figures.__dataclass_fields__
-    }
-    return Figures(**values)  # type: ignore[arg-type]
+    """Return figures from a file's header; every one must be a finite number, and an interval a pair."""
+    values: dict[str, Any] = {}
+    for name in Figures.__dataclass_fields__:
+        pair = name.endswith("interval")
+        low, high = (float(v) for v in entry[name]) if pair else (float(entry[name]),) * 2
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise ValueError(f"{name} = {entry[name]!r:.40}")
+        values[name] = (low, high) if pair else low
+    return Figures(**values)
 
 
 def _check_settings(name: str, direction: str, held_out: float, regularisation: float | None) -> None:
@@ -465,16 +472,20 @@ def _check_groups(groups: Groups | None, positive: int, negative: int) -> None:
 
 
 def _group_ids(positive: Activations, negative: Activations, groups: Groups | None) -> np.ndarray:
-    """Return one number an example; equal groups, and equal texts, share it."""
+    """Return one number an example; examples of one group or with equal texts share it, also through others."""
     count = len(positive) + len(negative)
+    links: list[Sequence[Hashable]] = []
     if groups is not None:
-        keys: list[Any] = [*groups[0], *groups[1]]
-    elif positive.digests and negative.digests:
-        keys = [*positive.digests, *negative.digests]
-    else:
-        keys = list(range(count))
-    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
-    return np.array([numbers[key] for key in keys], dtype=np.int64)
+        links.append([*groups[0], *groups[1]])
+    if positive.digests and negative.digests:
+        links.append([*positive.digests, *negative.digests])
+    ids = np.arange(count)
+    for keys in links:
+        first: dict[Hashable, int] = {}
+        for example, key in enumerate(keys):
+            other = first.setdefault(key, example)
+            ids[ids == ids[example]] = ids[other]
+    return ids
 
 
 def _digest(positive: Activations, negative: Activations) -> str:

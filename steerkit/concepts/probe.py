@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from scipy.special import expit
-from scipy.stats import norm
+from scipy.stats import binom, norm
 from sklearn.covariance import ledoit_wolf_shrinkage
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
@@ -74,6 +74,8 @@ class Figures:
     """Mean log loss of the same cross-fitted probabilities; chance is 0.693."""
     standard_error: float
     """Of the accuracy."""
+    count: float
+    """How many independent held-out texts the figures rest on: all of them, or fewer where groups matter."""
 
 
 @dataclass(frozen=True)
@@ -231,7 +233,17 @@ def _measure(logits: Array, labels: Labels, parts: Split, seed: int) -> Figures:
         calibration_error=_calibration_error(calibrated, labels),
         log_loss=_log_loss(np.log(calibrated / (1 - calibrated)).clip(-50, 50), labels),
         standard_error=math.sqrt(shrunk * (1 - shrunk) / count),
+        count=count,
     )
+
+
+def at_chance(figures: Figures, tried: int) -> bool:
+    """Return whether the best of so many coins would do as well with a probability above 15 % (Bonferroni's bound).
+
+    The bound is loose, since neighbouring layers see nearly the same, so the level is not the usual 5 %.
+    """
+    hits = figures.accuracy * figures.count
+    return float(binom.sf(math.ceil(hits - 1e-9) - 1, round(figures.count), 0.5)) * tried > 0.15
 
 
 def _cross_fitted(logits: Array, labels: Labels, half: NDArray[np.bool_]) -> Array:
