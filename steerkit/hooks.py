@@ -18,11 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from steerkit.errors import AttachError, SamplesError
+from steerkit.types import STREAMS
 
 _running: "WeakKeyDictionary[nn.Module, Clock]" = WeakKeyDictionary()
-
-_STREAMS = ("input_ids", "inputs_embeds", "hidden_states")
-"""What the module that owns the blocks may take its rows and positions from."""
 
 Where = bool | Tensor
 """Positions to edit in a forward pass: all, none, or a mask that broadcasts to `"batch pos"`."""
@@ -232,7 +230,7 @@ class Clock:
             index = self._place.get(name, len(args))
             return args[index] if index < len(args) else None
 
-        tokens = next(t for name in _STREAMS if (t := argument(name)) is not None)
+        tokens = next(t for name in STREAMS if (t := argument(name)) is not None)
         rows, length = tokens.shape[0], tokens.shape[1]
         generation = self.generations[-1] if self.generations else None
         if generation is not None and rows % generation.samples:

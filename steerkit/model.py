@@ -6,6 +6,7 @@ model that breaks the promise is refused with what was seen.
 """
 
 import hashlib
+import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import PurePath
@@ -16,11 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from steerkit.errors import ArtefactError, BaseModelMismatchError, LayerError, UnsupportedModelError
-from steerkit.types import Layers
+from steerkit.types import STREAMS, Layers
 
 _SAMPLES = 256
 _TOLERANCE = 2.0**-7
 """Relative difference of a sampled weight up to which two models count as one: bfloat16 keeps eight bits."""
+
+_CACHES = ("past_key_values", "cache_params")
 
 _found: WeakKeyDictionary[nn.Module, tuple[str, str, int, int]] = WeakKeyDictionary()
 
@@ -100,6 +103,7 @@ def find_decoder(model: Any) -> Decoder:
     owner = model.get_submodule(owner_path)
     blocks = model.get_submodule(path)
     assert isinstance(blocks, nn.ModuleList)
+    _check_signature(model, owner)
     d_model = _watch(model, body, blocks)
     _found[model] = (owner_path, name, len(blocks), d_model)
     return Decoder(model, body, owner, blocks, d_model)
@@ -124,6 +128,18 @@ def _blocks_path(model: Any) -> str:
             "This architecture cannot be steered."
         )
     return min(fitting, key=lambda path: path.count("."))
+
+
+def _check_signature(model: Any, owner: nn.Module) -> None:
+    """Refuse a model in which nothing would tell where a forward pass lies in the sequence."""
+    takes = set(inspect.signature(type(owner).forward).parameters)
+    for need, purpose in ((STREAMS, "rows and positions"), (_CACHES, "the length of what was decoded before")):
+        needless = need is _CACHES and not getattr(model.config, "use_cache", False)
+        if not takes & set(need) and not needless:
+            raise UnsupportedModelError(
+                f"{type(owner).__name__} must take one of {', '.join(need)}, which tell {purpose}. Found "
+                f"{', '.join(sorted(takes - {'self'}))}. This architecture cannot be steered."
+            )
 
 
 def _watch(model: Any, body: nn.Module, blocks: nn.ModuleList) -> int:

@@ -26,5 +26,8 @@ POSITIONS: tuple[str, ...] = get_args(Positions)
 Direction: TypeAlias = Literal["probe", "pattern", "mean_difference"]
 DIRECTIONS: tuple[str, ...] = get_args(Direction)
 
+STREAMS = ("input_ids", "inputs_embeds", "hidden_states")
+"""Arguments from which the module that owns the blocks may take its rows and positions."""
+
 Text: TypeAlias = str | Sequence[Mapping[str, Any]]
 """Plain text, or a conversation as a list of `{"role": ..., "content": ...}` messages."""

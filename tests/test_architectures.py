@@ -8,9 +8,9 @@ import torch
 from tiny import (
     D_MODEL,
     DEPTH,
+    LLAMA_LIKE,
     MODELS,
     VOCABULARY,
-    LLAMA_LIKE,
     random_addition,
     seeded,
     tiny_model,

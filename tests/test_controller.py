@@ -624,7 +624,11 @@ THOROUGH = ("llama", "mistral", "gemma3", "gpt2")
 
 @pytest.mark.parametrize(
     ("name", "positions"),
-    [(name, each) for name in ARCHITECTURES for each in ([*POSITIONS, "mixed"] if name in THOROUGH else ["last", "mixed"])],
+    [
+        (name, each)
+        for name in ARCHITECTURES
+        for each in ([*POSITIONS, "mixed"] if name in THOROUGH else ["last", "mixed"])
+    ],
 )
 @pytest.mark.parametrize("mode", MODES)
 def test_tokens_do_not_depend_on_how_decoding_runs(name: str, positions: Any, mode: str) -> None:

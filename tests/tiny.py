@@ -50,7 +50,9 @@ def seeded(model: Any, seed: int) -> Any:
             else:
                 embedding = parameter.shape[0] == VOCABULARY or "embed" in name or "wpe" in name
                 width = 1.0 if embedding else 1.5 * parameter.shape[-1] ** -0.5
-                width = D_MODEL**-0.5 if embedding and "gemma" in model.config.model_type and "head" not in name else width
+                width = (
+                    D_MODEL**-0.5 if embedding and "gemma" in model.config.model_type and "head" not in name else width
+                )
                 parameter.copy_(noise * width if parameter.ndim > 1 else 0.1 * noise)
     if model.can_generate():
         model.generation_config.eos_token_id = None
@@ -92,9 +94,7 @@ def _gemma3() -> Any:
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
     kinds = ["sliding_attention", "full_attention"] * (DEPTH // 2)
-    config = Gemma3TextConfig(
-        **LLAMA_LIKE, head_dim=8, query_pre_attn_scalar=8, sliding_window=6, layer_types=kinds
-    )
+    config = Gemma3TextConfig(**LLAMA_LIKE, head_dim=8, query_pre_attn_scalar=8, sliding_window=6, layer_types=kinds)
     return Gemma3ForCausalLM(config)
 
 
