@@ -9,7 +9,7 @@ demo: env
 	$(BIN)/steerkit demo --output demo $(if $(MODEL),--model $(MODEL))
 
 test: env
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 check: env
 	$(BIN)/ruff check .

@@ -94,7 +94,7 @@ def test_generate_takes_names_bands_and_chat(folder: Path, monkeypatch: pytest.M
         (["concept", "fit", "x", "--positive", "yes.txt", "--negative", "no.txt", "-o", "model"], "file"),
         (["concept", "fit", "x", "--positive", "yes.txt", "--negative", "no.txt", "--layers", "a-b"], "3,5,-1"),
         (["concept", "fit", "x", "--positive", "yes.txt", "--negative", "no.txt", "--layers", "40", "-m", "model"], "40"),
-        (["concept", "fit", "not a name", "--positive", "yes.txt", "--negative", "no.txt", "-m", "model"], "identifier"),
+        (["concept", "fit", " ", "--positive", "yes.txt", "--negative", "no.txt", "-m", "model"], "needs a name"),
         (["generate", "w1", "--at-most", "warm"], "NAME=NUMBER"),
         (["generate", "w1", "--at-most", "warm=2", "-m", "model"], "probability"),
         (["generate", "w1", "--at-most", "warm=0.1,0.2", "-m", "model"], "2 samples"),

@@ -483,8 +483,9 @@ def test_wrong_number_of_samples_is_told_before_generation_starts(model: Any) ->
     """Rows are samples times beams: 4 rows of 2 samples are not 4 samples."""
     ran: list[int] = []
     model.model.register_forward_pre_hook(lambda *_: ran.append(1))
-    with pytest.raises(SamplesError, match=r"4.*2"), Controller(model, random_addition((1,), [1.0] * 4)):
-        ran.clear()
+    control = Controller(model, random_addition((1,), [1.0] * 4))
+    ran.clear()
+    with pytest.raises(SamplesError, match=r"4.*2"), control:
         generate(model, prompts(2), num_beams=2)
     assert not ran
 
@@ -715,7 +716,7 @@ def test_sampling_is_reproducible(model: Any) -> None:
 @pytest.mark.parametrize("first_turn", ["plain", "steered"])
 @pytest.mark.parametrize("passed", ["everything", "what is new"])
 def test_second_turn_with_a_carried_cache(name: str, first_turn: str, passed: str) -> None:
-    """Meaning: the prompt is all that is passed to the call (ids and mask), cached positions stay as they were computed.
+    """Meaning: the prompt is all that is passed to the call (ids and mask), cached positions stay as they are.
 
     So `"last"` edits from the last column of the second prompt on. What the cache holds was computed in the first turn,
     steered or not, and is not edited again; the columns between the cache and the last one run unedited.
@@ -781,6 +782,18 @@ def test_ways_to_pass_the_prompt(name: str, positions: Any) -> None:
         assert torch.equal(model.generate(inputs=ids, attention_mask=mask, **settings)[:, 10:], expected)
         assert torch.equal(model.generate(ids, **settings)[:, 10:], expected)
         assert torch.equal(model.generate(inputs_embeds=embeddings, attention_mask=mask, **settings), expected)
+
+
+@pytest.mark.parametrize("ends", [2, [2, 5], torch.tensor(2), torch.tensor([2, 5])])
+def test_ways_to_pass_the_end_of_sequence(model: Any, ends: Any) -> None:
+    """Every form that transformers takes, where the mask has to be inferred from the pad token."""
+    ids, mask = padded(ragged((10, 6)), "left")
+    settings = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": ends}
+    plain = model.generate(ids, **settings)
+    with Controller(model, some("all", [STRONG, -STRONG])):
+        found = model.generate(ids, **settings)
+        assert torch.equal(found, model.generate(ids, attention_mask=mask, **settings))
+    assert not torch.equal(found, plain)
 
 
 def test_generation_without_a_prompt(model: Any) -> None:

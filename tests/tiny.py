@@ -212,7 +212,8 @@ def tiny_tokenizer(*, pad: bool = False, padding_side: str = "right", chat: bool
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, padding_side=padding_side, **given)
     if chat:
         tokenizer.chat_template = (
-            "{% for m in messages %}{{ ' <s> ' + ('w0' if m['role'] == 'user' else 'w1') + ' ' + m['content'] + ' </s>' }}"
+            "{% for m in messages %}"
+            "{{ ' <s> ' + ('w0' if m['role'] == 'user' else 'w1') + ' ' + m['content'] + ' </s>' }}"
             "{% endfor %}{% if add_generation_prompt %}{{ ' <s> w1' }}{% endif %}"
         )
     return tokenizer

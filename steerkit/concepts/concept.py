@@ -1,12 +1,11 @@
 """A concept: one probe a layer, what each is worth on held-out texts, and the interventions that they give."""
 
 import dataclasses
-import hashlib
 import math
 import os
 import sys
 import warnings
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -16,13 +15,20 @@ from torch import Tensor
 
 from steerkit import storage
 from steerkit.activations import Activations, Read, checked_texts, record, stored_fingerprint
+from steerkit.concepts.examples import (
+    Groups,
+    check_counts,
+    check_direction,
+    check_groups,
+    check_settings,
+    digest,
+    group_ids,
+)
 from steerkit.concepts.probe import Figures, Probe, at_chance, fit_probes, split
 from steerkit.errors import AmountError, LayerError, SteerkitWarning, TextsError
 from steerkit.intervention import Addition, Constraint, Erasure
 from steerkit.model import Fingerprint, find_decoder, resolve_layers
 from steerkit.types import DIRECTIONS, Amount, Direction, Layers, Positions, Text
-
-Groups = tuple[Sequence[Hashable], Sequence[Hashable]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,9 +104,9 @@ class Concept:
             SteerkitWarning: no probe is better than chance on the held-out texts.
         """
         positive, negative = checked_texts(positive, "positive"), checked_texts(negative, "negative")
-        _check_settings(name, direction, held_out, regularisation)
-        _check_counts(len(positive), len(negative), held_out)
-        _check_groups(groups, len(positive), len(negative))
+        check_settings(name, direction, held_out, regularisation)
+        check_counts(len(positive), len(negative), held_out)
+        check_groups(groups, len(positive), len(negative))
         resolve_layers(layers, find_decoder(model).depth)
         if progress is None:
             progress = len(positive) + len(negative) > 200 and sys.stderr.isatty()
@@ -133,9 +139,9 @@ class Concept:
         regularisation: float | None = None,
     ) -> "Concept":
         """Fit from recordings: many concepts on one, or states recorded elsewhere. Arguments as in `fit`."""
-        _check_settings(name, direction, held_out, regularisation)
-        _check_counts(len(positive), len(negative), held_out)
-        _check_groups(groups, len(positive), len(negative))
+        check_settings(name, direction, held_out, regularisation)
+        check_counts(len(positive), len(negative), held_out)
+        check_groups(groups, len(positive), len(negative))
         if positive.layers != negative.layers:
             raise LayerError(
                 f"Both recordings must hold the same layers. Found {positive.layers} and {negative.layers}. Record both alike."
@@ -150,7 +156,7 @@ class Concept:
                     f"Hidden states must be finite. Found NaN or infinity at layer {layer}. Load the model in float32 or bfloat16."
                 )
         labels = np.array([1] * len(positive) + [0] * len(negative), dtype=np.int64)
-        parts = split(labels, _group_ids(positive, negative, groups), held_out, seed)
+        parts = split(labels, group_ids(positive, negative, groups), held_out, seed)
         fitted = fit_probes(states, labels, parts, regularisation=regularisation, seed=seed)
         at = dict(zip(layers, fitted, strict=True))
         base = positive.fingerprint or negative.fingerprint
@@ -170,7 +176,7 @@ class Concept:
                 "read": positive.read,
                 "seed": int(seed),
                 "regularisation": None if regularisation is None else float(regularisation),
-                "digest": _digest(positive, negative),
+                "digest": digest(positive, negative),
             },
         )
         concept._warn_at_chance()
@@ -239,7 +245,7 @@ class Concept:
 
     def along(self, direction: Direction) -> "Concept":
         """Return the same concept with interventions that move along another direction."""
-        _check_direction(direction)
+        check_direction(direction)
         return replace(self, direction=direction)
 
     def add(
@@ -426,71 +432,6 @@ def _figures(entry: Any) -> Figures:
             raise ValueError(f"{name} = {entry[name]!r:.40}")
         values[name] = (low, high) if pair else low
     return Figures(**values)
-
-
-def _check_settings(name: str, direction: str, held_out: float, regularisation: float | None) -> None:
-    if not isinstance(name, str) or not name.isidentifier():
-        raise TextsError(
-            f"A concept's name must be an identifier, since it is a keyword of `using`. Found {name!r}. Use letters, "
-            "digits and _."
-        )
-    _check_direction(direction)
-    if not 0 < held_out < 1:
-        raise TextsError(f"`held_out` must be a share between 0 and 1. Found {held_out!r}. Try 0.2.")
-    if regularisation is not None and not regularisation > 0:
-        raise TextsError(
-            f"`regularisation` must be positive. Found {regularisation!r}. Leave it out to have it chosen."
-        )
-
-
-def _check_direction(direction: str) -> None:
-    if direction not in DIRECTIONS:
-        raise AmountError(f"`direction` must be one of {', '.join(DIRECTIONS)}. Found {direction!r}. Choose one.")
-
-
-def _check_counts(positive: int, negative: int, held_out: float) -> None:
-    least = max(2, round(1 / held_out)) + 1
-    for side, count in (("positive", positive), ("negative", negative)):
-        if count < least:
-            raise TextsError(
-                f"At least {least} {side} texts are required to fit and to hold out {held_out:g} of them. Found {count}. "
-                "Add texts; 100 a side is usual.",
-                required=least,
-                found=count,
-            )
-
-
-def _check_groups(groups: Groups | None, positive: int, negative: int) -> None:
-    if groups is None:
-        return
-    if len(groups) != 2 or len(groups[0]) != positive or len(groups[1]) != negative:
-        found = tuple(len(side) for side in groups)
-        raise TextsError(
-            f"`groups` must be a pair: one label for each of {positive} positive and {negative} negative texts. Found "
-            f"{found}. Pass (positive_groups, negative_groups)."
-        )
-
-
-def _group_ids(positive: Activations, negative: Activations, groups: Groups | None) -> np.ndarray:
-    """Return one number an example; examples of one group or with equal texts share it, also through others."""
-    count = len(positive) + len(negative)
-    links: list[Sequence[Hashable]] = []
-    if groups is not None:
-        links.append([*groups[0], *groups[1]])
-    if positive.digests and negative.digests:
-        links.append([*positive.digests, *negative.digests])
-    ids = np.arange(count)
-    for keys in links:
-        first: dict[Hashable, int] = {}
-        for example, key in enumerate(keys):
-            other = first.setdefault(key, example)
-            ids[ids == ids[example]] = ids[other]
-    return ids
-
-
-def _digest(positive: Activations, negative: Activations) -> str:
-    text = "+".join(sorted(positive.digests)) + "|" + "+".join(sorted(negative.digests))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _part(both: Activations, rows: slice) -> Activations:
