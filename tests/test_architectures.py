@@ -252,7 +252,7 @@ ENCODERS: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("name", ENCODERS)
 def test_encoders_are_steered_or_refused(name: str) -> None:
-    model = seeded(ENCODERS[name](), 0)
+    model = seeded(ENCODERS[name](), 1)
     reason = refusal(model)
     if reason is None:
         assert_steered(model)

@@ -178,6 +178,34 @@ def test_off_is_bit_equal(name: str, what: str) -> None:
         assert torch.equal(generate(model, ids), tokens)
 
 
+@pytest.mark.parametrize("what", OFF)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_off_is_bit_equal_in_other_dtypes(model: Any, what: str, dtype: torch.dtype) -> None:
+    """Edits are computed in float32; a row that needs none must not go through it."""
+    model, ids = model.to(dtype), prompts()
+    plain, tokens = forward(model, ids), generate(model, ids)
+    for positions in ("all", "last"):
+        for record in (False, True):
+            with Controller(model, [OFF[what](positions)], record_magnitudes=record):
+                assert torch.equal(forward(model, ids), plain)
+                assert torch.equal(generate(model, ids), tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("record", [False, True])
+def test_rows_that_hold_the_bound_are_bit_equal(model: Any, dtype: torch.dtype, record: bool) -> None:
+    """In the same batch as rows that do not, on the short path and on the general one."""
+    model, ids, w = model.to(dtype), prompts(4), 2 * unit_directions((1,))[1].double()
+    plain = residuals(model, ids)[1]
+    logit = plain.double() @ w + 0.1
+    with Controller(model, random_constraint((1,), at_most=0.5, positions="all"), record_magnitudes=record):
+        steered = residuals(model, ids)[1]
+    assert bool((logit < -1e-2).any())
+    assert bool((logit > 1e-2).any())
+    assert torch.equal(steered[logit < -1e-2], plain[logit < -1e-2])
+    assert not bool((steered == plain).all(-1)[logit > 1e-2].any())
+
+
 @every_architecture
 @pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
 def test_leaving_leaves_nothing_behind(name: str, error: type[BaseException] | None) -> None:

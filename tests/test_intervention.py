@@ -660,6 +660,19 @@ SHORT = {
         random_addition(magnitude=[1.0, 2, 3], seed=1),
     ],
     "addition and erasure": lambda: [random_addition(seed=1), random_erasure(seed=2)],
+    "two bounds": lambda: [random_constraint(name="a", seed=1), random_constraint(name="b", at_least=0.7, seed=2)],
+    "four bounds, some per sample, and an erasure": lambda: [
+        random_constraint(name="a", at_most=[0.2, 1, 0.01], seed=1),
+        random_constraint(name="b", at_least=0.7, seed=2),
+        random_erasure(name="c", seed=3),
+        random_constraint(name="d", at_least=[0.3, 0, 0.9], seed=4),
+        random_constraint(name="e", at_most=0.4, seed=5),
+    ],
+    "a band beside a bound": lambda: [
+        random_constraint(name="low", at_least=0.3, seed=1),
+        random_constraint(name="high", at_most=0.6, seed=1),
+        random_constraint(name="other", at_most=[0.1, 0.2, 1], seed=2),
+    ],
 }
 
 
@@ -694,7 +707,7 @@ def test_the_short_form_leaves_rows_that_hold_bit_for_bit(dtype):
 
 
 LONG = {
-    "two bounds": lambda: [random_constraint(name="a", seed=1), random_constraint(name="b", seed=2)],
+    "the same bound twice": lambda: [random_constraint(name="a", seed=1), random_constraint(name="b", seed=1)],
     "a cap": lambda: [random_constraint(max_magnitude=0.1)],
     "an erasure that is off for some": lambda: [random_erasure(amount=[1.0, 0, 1])],
 }

@@ -676,7 +676,7 @@ FIT_ERRORS: dict[str, tuple[type[Exception], dict[str, Any]]] = {
     "direction": (AmountError, {"direction": "cav"}),
     "held_out": (TextsError, {"held_out": 1.0}),
     "groups": (TextsError, {"groups": ([1], [2])}),
-    "name": (TextsError, {"name": "no name"}),
+    "name": (TextsError, {"name": " "}),
     "read": (TextsError, {"read": "first"}),
     "batch size": (TextsError, {"batch_size": 0}),
     "model": (UnsupportedModelError, {"model": torch.nn.Linear(2, 2)}),
