@@ -193,17 +193,24 @@ def test_off_is_bit_equal_in_other_dtypes(model: Any, what: str, dtype: torch.dt
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("record", [False, True])
-def test_rows_that_hold_the_bound_are_bit_equal(model: Any, dtype: torch.dtype, record: bool) -> None:
-    """In the same batch as rows that do not, on the short path and on the general one."""
-    model, ids, w = model.to(dtype), prompts(4), 2 * unit_directions((1,))[1].double()
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_rows_that_hold_the_bounds_are_bit_equal(model: Any, dtype: torch.dtype, record: bool, count: int) -> None:
+    """In the same batch as rows that do not, on the short path and on the general one; then every bound holds."""
+    model, ids = model.to(dtype), prompts(12)
     plain = residuals(model, ids)[1]
-    logit = plain.double() @ w + 0.1
-    with Controller(model, random_constraint((1,), at_most=0.5, positions="all"), record_magnitudes=record):
+    weights = torch.stack([2 * unit_directions((1,), seed=seed)[1].double() for seed in range(count)])
+    bounds = [
+        random_constraint((1,), at_most=0.5, positions="all", name=f"bound{seed}", seed=seed) for seed in range(count)
+    ]
+    with Controller(model, bounds, record_magnitudes=record):
         steered = residuals(model, ids)[1]
-    assert bool((logit < -1e-2).any())
-    assert bool((logit > 1e-2).any())
-    assert torch.equal(steered[logit < -1e-2], plain[logit < -1e-2])
-    assert not bool((steered == plain).all(-1)[logit > 1e-2].any())
+    worst = (plain.double() @ weights.T + 0.1).amax(-1)
+    assert bool((worst < -1e-2).any())
+    assert bool((worst > 1e-1).any())
+    assert torch.equal(steered[worst < -1e-2], plain[worst < -1e-2])
+    assert not bool((steered == plain).all(-1)[worst > 1e-1].any())
+    rounding = 1e-4 if dtype != torch.bfloat16 else 0.5
+    assert bool((steered.double() @ weights.T + 0.1 <= rounding).all())
 
 
 @every_architecture
@@ -1443,6 +1450,19 @@ KINDS: dict[str, Callable[[], list[Intervention]]] = {
     "two additions": lambda: [
         random_addition((1, 2), STRONG),
         random_addition((2, 3), [1.0, STRONG], name="more", seed=4),
+    ],
+    "two bounds": lambda: [
+        random_constraint((1, 2), at_most=0.01, positions="all"),
+        random_constraint((2, 3), at_least=[0.9, 0.99], positions="all", name="more", seed=4),
+    ],
+    "three bounds": lambda: [
+        random_addition((1,), [1.0, STRONG], seed=9),
+        *(random_constraint((1,), at_least=0.9, positions="all", name=f"bound{seed}", seed=seed) for seed in (1, 2, 3)),
+    ],
+    "bound and erasures": lambda: [
+        random_erasure((1, 2)),
+        random_constraint((1, 2), at_most=[0.01, 1.0], positions="all", seed=4),
+        random_erasure((2,), name="more", seed=5),
     ],
     "band": lambda: [
         random_constraint((1,), at_most=0.6, positions="all"),
