@@ -27,7 +27,8 @@ class Controller:
             model.generate(**inputs)
 
     At a site, additions act in the order of the list, then all constraints and erasures are met together. Controllers
-    nest; the inner one acts after the outer one at each site, so bounds that must hold together belong into one.
+    nest; the inner one acts after the outer one at each site, so bounds that must hold together belong into one. While
+    attached, a model serves one thread at a time.
 
     Args:
         model: a causal language model, plain or PEFT-wrapped, sharded or not.

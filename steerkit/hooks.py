@@ -190,20 +190,6 @@ class Clock:
         if original is None:
             return
         own = model.__dict__.get("generate")
-        signature = inspect.signature(original)
-
-        @functools.wraps(original)
-        def generate(*args: Any, **kwargs: Any) -> Any:
-            bound = signature.bind_partial(*args, **kwargs).arguments
-            given = {**bound.pop("kwargs", {}), **bound}
-            generation = _describe(model, given)
-            for listener in self.on_generate:
-                listener(generation.samples)
-            self.generations.append(generation)
-            try:
-                return original(*args, **kwargs)
-            finally:
-                self.generations.pop()
 
         def restore() -> None:
             if own is None:
@@ -212,7 +198,7 @@ class Clock:
                 model.__dict__["generate"] = own
 
         stack.callback(restore)
-        model.__dict__["generate"] = generate
+        model.__dict__["generate"] = _Generate(self, original)
 
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Place a forward pass before its first block runs."""
@@ -246,6 +232,26 @@ class Clock:
         moment = Moment(rows, length, start, tokens.device, argument("attention_mask"), generation, assigned)
         for listener in self.listeners:
             listener(moment)
+
+
+class _Generate:
+    """The wrapped `generate`: an object, so that a copy of an attached model gets its own and not the original's."""
+
+    def __init__(self, clock: Clock, original: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, original)
+        self._clock = clock
+        self._original = original
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        bound = inspect.signature(self._original).bind_partial(*args, **kwargs).arguments
+        generation = _describe(self._clock.model, {**bound.pop("kwargs", {}), **bound})
+        for listener in self._clock.on_generate:
+            listener(generation.samples)
+        self._clock.generations.append(generation)
+        try:
+            return self._original(*args, **kwargs)
+        finally:
+            self._clock.generations.pop()
 
 
 @contextmanager
@@ -300,8 +306,10 @@ def _inferred_mask(model: Any, tokens: Tensor, given: dict[str, Any]) -> Tensor 
         return getattr(model.generation_config, name, None) if value is None else value
 
     pad, eos = setting("pad_token_id"), setting("eos_token_id")
-    ends = eos if isinstance(eos, list | tuple) else [eos]
-    if pad is None or pad in ends:
+    if pad is None:
+        return None
+    pad = int(pad)
+    if eos is not None and pad in torch.as_tensor(eos).flatten().tolist():
         return None
     mask = tokens != pad
     return None if bool(mask.all()) else mask

@@ -366,13 +366,14 @@ class SiteEdit:
             kept[..., self.erasures] = logit[..., self.erasures] != 0
             on = on & kept
             logit = torch.where(problem.equality, 0.0, logit)
-        signed = problem.solve(reading, logit, on).to(problem.direction.dtype)
+        wide = torch.promote_types(hidden.dtype, problem.direction.dtype)
+        signed = problem.solve(reading, logit, on).to(wide)
         if self.caps is not None:
-            limit = self.caps * hidden.to(signed.dtype).norm(dim=-1, keepdim=True)
+            limit = self.caps * hidden.to(wide).norm(dim=-1, keepdim=True)
             signed = torch.minimum(torch.maximum(signed, -limit), limit)
         for k, i in enumerate(self.bounds):
             magnitudes[i] = signed[..., k]
-        edited = (hidden.to(signed.dtype) + signed @ problem.direction).to(hidden.dtype)
+        edited = (hidden.to(wide) + signed @ problem.direction.to(wide)).to(hidden.dtype)
         return torch.where((signed != 0).any(dim=-1, keepdim=True), edited, hidden)
 
     def everywhere(self, amounts: Sequence[Tensor], like: Tensor) -> Callable[[Tensor], Tensor] | None:
@@ -388,7 +389,7 @@ class SiteEdit:
         if self.problem is None:
             return None if vector is None else lambda hidden: hidden + vector
         off = any(bool((amounts[self.bounds[k]] == 0).any()) for k in self.erasures)
-        if self.caps is not None or off:
+        if self.caps is not None or off or like.dtype == torch.float64:
             return None
         logit = torch.stack(torch.broadcast_tensors(*(amounts[i] for i in self.bounds)), dim=-1)
         logit = torch.where(self.problem.equality, 0.0, logit)

@@ -1562,3 +1562,16 @@ def test_nothing_given_is_changed(model: Any) -> None:
     assert len(edits) == 1
     assert list(given) == ["input_ids", "attention_mask", "max_new_tokens"]
     assert torch.equal(given["input_ids"], ids)
+
+
+def test_a_copy_made_while_attached_is_a_model_of_its_own() -> None:
+    model = tiny_model("llama")
+    ids, mask = prompts(2), torch.ones(2, 6, dtype=torch.long)
+    with Controller(model, random_addition((1,), STRONG)):
+        expected = model.generate(ids[:, :6], attention_mask=mask, max_new_tokens=4, do_sample=False)
+        twin = copy.deepcopy(model)
+        assert torch.equal(twin.generate(ids[:, :6], attention_mask=mask, max_new_tokens=4, do_sample=False), expected)
+        with torch.no_grad():
+            twin.lm_head.weight.zero_()
+        silent = twin.generate(ids[:, :6], attention_mask=mask, max_new_tokens=4, do_sample=False)
+    assert not torch.equal(silent, expected)

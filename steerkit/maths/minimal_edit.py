@@ -179,9 +179,10 @@ class EditProblem:
         return max(itertools.combinations(groups[0], 2), key=lambda pair: abs(float(matrix[pair])))
 
     def read(self, hidden_states: Tensor) -> Tensor:
-        """Return what each probe reads, `"... concept"`, in float32 without autocast, as float64."""
+        """Return what each probe reads, `"... concept"`, in float32 or better without autocast, as float64."""
+        wide = torch.promote_types(hidden_states.dtype, self.weight.dtype)
         with torch.autocast(hidden_states.device.type, enabled=False):
-            logits = hidden_states.to(self.weight.dtype) @ self.weight.T
+            logits = hidden_states.to(wide) @ self.weight.to(wide).T
         return logits.to(self.bias.dtype) + self.bias
 
     def solve(self, reading: Tensor, logit: Tensor, on: Tensor | None = None) -> Tensor:
