@@ -74,8 +74,12 @@ def demo(
 
     Example: `steerkit demo -o demo`
     """
+    import torch
+
     from steerkit.demo import run
 
+    # As many threads as cores fall to a crawl as soon as something else runs; half of them cost little.
+    torch.set_num_threads(max(1, torch.get_num_threads() // 2))
     page = run(*_load(model), output, seed=seed)
     _out.print(f"wrote {page}")
 
