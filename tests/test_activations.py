@@ -128,7 +128,7 @@ def test_what_is_recorded(model, tokenizer):
         recorded[1]
 
 
-@pytest.mark.parametrize("layers", [2, [2], (2,), range(2, 3), -2, iter([2])], ids=str)
+@pytest.mark.parametrize("layers", [2, [2], (2,), range(2, 3), -2, iter([2])], ids=lambda given: type(given).__name__)
 def test_layers_may_be_given_in_any_way(model, tokenizer, layers):
     assert record(model, tokenizer, TEXTS, layers=layers).layers == (2,)
 
