@@ -36,7 +36,7 @@ def mixed_texts(count, seed):
 
 def with_record(model, tokenizer, texts):
     states = record(model, tokenizer, texts)
-    return torch.stack([states[layer] for layer in states.layers])
+    return [states[layer] for layer in states.layers]
 
 
 @torch.no_grad()
@@ -48,7 +48,7 @@ def with_output_hidden_states(model, tokenizer, texts, size=16):
         hidden = model(**batch, output_hidden_states=True).hidden_states[1:]
         last = batch["attention_mask"].sum(dim=1) - 1
         parts.append(torch.stack([states[torch.arange(len(last)), last].float() for states in hidden]))
-    return torch.cat(parts, dim=1)
+    return list(torch.cat(parts, dim=1))
 
 
 @torch.no_grad()
@@ -78,7 +78,7 @@ def one_arm(given):
     seconds = time.process_time() - begun
     rise = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     # The last entry of hidden_states is the state after the final norm, so the last layer does not compare.
-    sample = [] if states is None else states[:-1:4, ::7, ::32].flatten().tolist()
+    sample = [value for layer in (states or [])[:-1:4] for value in layer[::7, ::32].flatten().tolist()]
     print(json.dumps({"CPU s": seconds, "MiB": rise, "sample": sample}))
 
 

@@ -235,10 +235,11 @@ class Controller:
             self._check_rows_compiled(moment)
             return
         self._check_samples(moment.samples)
-        everywhere = all(moment.where(each.positions) is True for each in self.interventions)
+        tail, *others = {moment.tail(each.positions) for each in self.interventions}
         autocast = torch.is_autocast_enabled(moment.device.type)
         ordinary = not self.record_magnitudes and not autocast and moment.assigned is None
-        self._pass.plain = everywhere and ordinary
+        self._pass.plain = ordinary and not others and tail is not None and tail < moment.length
+        self._pass.first = tail or 0
         if self.record_magnitudes:
             new = moment.generation is not self._recorded if moment.generation else moment.start == 0
             if new:

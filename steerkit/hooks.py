@@ -36,6 +36,8 @@ class Generation:
         """`"sample pos"`: real tokens of the prompts; None if there is no padding."""
         self.last = None if mask is None else length - 1 - mask.flip(-1).int().argmax(dim=-1)
         """`"sample"`: the column of the last real token."""
+        self.level = self.last is None or bool((self.last == length - 1).all())
+        """Whether all prompts end at the same column, as they do without padding or with padding on the left."""
         self.seen = 0
         """Columns run so far in passes without a cache that knows its length."""
 
@@ -82,11 +84,35 @@ class Moment:
             return self.assigned[0].to(self.device)
         return torch.arange(self.rows, device=self.device) // (self.rows // self.samples)
 
+    def tail(self, positions: str) -> int | None:
+        """Return the column from which on `positions` names every place and before which none, if no mask need be read."""
+        generation = self.generation
+        if positions == "generated" and generation is None:
+            return self.length
+        if generation is None:
+            return None if self._mask is not None else self.length - 1 if positions == "last" else 0
+        if not isinstance(self.start, int):
+            return None
+        first = generation.length - self.start
+        if positions == "last" and generation.level:
+            first -= 1
+        elif first <= 0:
+            return self.length if positions == "prompt" else 0
+        elif positions != "generated":
+            known = generation.mask is None and (positions == "all" or first >= self.length)
+            return 0 if known and positions != "last" else None
+        return min(max(first, 0), self.length)
+
     def where(self, positions: str) -> Where:
         """Return the positions of this pass that `positions` names; padding is never among them."""
         if positions not in self._where:
-            place = self._in_bare_forward if self.generation is None else self._in_generation
-            self._where[positions] = place(positions)
+            # A traced pass must not depend on where in the sequence it lies.
+            tail = None if torch.compiler.is_compiling() else self.tail(positions)
+            if tail == self.length or tail == 0:
+                self._where[positions] = tail == 0
+            else:
+                place = self._in_bare_forward if self.generation is None else self._in_generation
+                self._where[positions] = place(positions)
         return self._where[positions]
 
     def _in_bare_forward(self, positions: str) -> Where:
@@ -108,11 +134,6 @@ class Moment:
         prompt = generation.length
         if positions == "all" and generation.mask is None:
             return True
-        if isinstance(self.start, int) and not torch.compiler.is_compiling():
-            if self.start >= prompt:
-                return positions != "prompt"
-            if self.start + self.length <= prompt and positions == "generated":
-                return False
         columns = self.start + torch.arange(self.length, device=self.device)
         in_prompt = (columns < prompt)[None]
         if positions == "generated":

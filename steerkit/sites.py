@@ -25,7 +25,8 @@ class Pass:
         self.recording = recording
         self.moment: Moment = None  # type: ignore[assignment]  # set before the first block runs
         self.plain = False
-        """Whether every position is edited, so that sites may take their short form."""
+        """Whether every position from `first` on is edited and none before, so that sites may take their short form."""
+        self.first = 0
 
 
 def device_of(block: nn.Module) -> torch.device:
@@ -102,8 +103,13 @@ class Site:
             if key != self._short_for:
                 self._shorten(hidden, key)
             if self._short is not None:
-                return self._short(hidden)
+                return self._short(hidden) if self.current.first == 0 else self._edit_tail(hidden, self._short)
         return self._edit_somewhere(hidden)
+
+    def _edit_tail(self, hidden: Tensor, short: Callable[[Tensor], Tensor]) -> Tensor:
+        edited, first = hidden.clone(), self.current.first
+        edited[:, first:] = short(hidden[:, first:])
+        return edited
 
     def _shorten(self, hidden: Tensor, key: tuple[Any, ...]) -> None:
         if hidden.device != self.device:
