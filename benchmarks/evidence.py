@@ -77,12 +77,93 @@ def arms(run):
     return table(("edit", "P(positive)", "VADER", "perplexity", "dose / norm", "edited"), rows)
 
 
+def load(name):
+    return json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
+
+
+def exactness(run):
+    """Return the errors over architectures and against the independent solver."""
+    rows = []
+    for dtype in ("float32", "bfloat16"):
+        each = {name.split(",")[0]: f for name, f in run["architectures"].items() if name.endswith(dtype)}
+        worst = max(each, key=lambda name: each[name]["worst error, logits"])
+        others = max(f["worst error, logits"] for name, f in each.items() if name != "mamba")
+        rows.append(
+            (
+                dtype,
+                len(each),
+                sum(f["active bounds"] for f in each.values()),
+                f"{each[worst]['worst error, logits']:.1e} ({worst})",
+                f"{others:.1e}",
+                f"{max(f['worst error / rounding'] for f in each.values()):.1f}",
+                f"{sum(f['of them changed'] for f in each.values())} of {sum(f['rows within all bounds'] for f in each.values())}",
+            )
+        )
+    models = table(
+        ("dtype", "architectures", "active bounds", "worst error, logits", "without mamba", "worst / rounding",
+         "rows within bounds that changed"), rows,
+    )  # fmt: skip
+    solver = table(
+        ("problems", "metric", "worst excess over quadprog, squared length", "worst miss, logits", "naive sum misses in",
+         "by (median)", "by (worst)"),
+        [
+            (dtype, metric, f"{f['worst excess of the squared length']:.1e}", f"{f['worst miss, logits']:.1e}",
+             f"{100 * f['naive sum: problems that it misses']:.0f} %", f"{f['naive sum: median miss, logits']:.2f} logits",
+             f"{f['naive sum: worst miss, logits']:.0f} logits")
+            for dtype in ("float64", "float32") for metric, f in run[dtype].items()
+        ],
+    )  # fmt: skip
+    return models, solver
+
+
+def layer_costs(run):
+    """Return the cost of a hook above no hook, as a ratio to a bare `out + v`."""
+    shapes = [name for name in run if isinstance(run[name], dict) and name.split()[0] in ("decode", "prefill")]
+    arms = dict.fromkeys(arm for shape in shapes for arm in run[shape] if not arm.startswith("no hooks"))
+
+    def cell(f):
+        return "" if f is None else f"{f['x bare hook'][1]:.2f} ({f['us above no hooks']:.0f} µs)"
+
+    return table(("hook", *shapes), [(arm, *(cell(run[shape].get(arm)) for shape in shapes)) for arm in arms])
+
+
+def generate_costs(run):
+    """Return whole generations against unsteered ones."""
+    rows = []
+    for arm in run["float32"]:
+        cells = (run[dtype].get(arm, run[dtype].get(arm)) for dtype in ("float32", "bfloat16"))
+        rows.append((arm, *("{1:.3f} [{0:.3f}, {2:.3f}]".format(*f["x unsteered"]) for f in cells)))
+    return table(("arm", "float32", "bfloat16"), rows)
+
+
+def record_costs(run):
+    """Return time and memory of recording."""
+    rows = []
+    for arm, f in run.items():
+        if isinstance(f, dict) and "rise in memory, MiB" in f:
+            rise = sorted(f["rise in memory, MiB"])
+            rows.append((arm, f"{f['x output_hidden_states'][1]:.2f}", f"{rise[len(rise) // 2]:.0f} MiB"))
+    return table((f"{run['texts']} texts, {run['dtype']}", "CPU time", "rise in memory"), rows)
+
+
 def main():
-    run = json.loads((RESULTS / "reviews.json").read_text("utf-8"))
+    run, exact, layer, whole, reading = (
+        load(name) for name in ("reviews", "exactness", "layer_cost", "generate_cost", "record_cost")
+    )
+    models, solver = exactness(exact)
     base = run["figures"]["unsteered"]
     settings = run["settings"]
     page = (ROOT / "benchmarks" / "evidence.template.md").read_text("utf-8")
     values = {
+        "exact_models": models,
+        "exact_solver": solver,
+        "exact_how": how(exact),
+        "layer_costs": layer_costs(layer),
+        "layer_how": how(layer),
+        "generate_costs": generate_costs(whole),
+        "generate_how": how(whole),
+        "record_costs": record_costs(reading),
+        "record_how": how(reading),
         "probes": probes(run),
         "arms": arms(run),
         "reviews_how": how(run),

@@ -94,13 +94,15 @@ class Moment:
         if not isinstance(self.start, int):
             return None
         first = generation.length - self.start
-        if positions == "last" and generation.level:
+        if positions == "last":
+            if first > 0 and not generation.level:
+                return None
             first -= 1
-        elif first <= 0:
-            return self.length if positions == "prompt" else 0
         elif positions != "generated":
-            known = generation.mask is None and (positions == "all" or first >= self.length)
-            return 0 if known and positions != "last" else None
+            if first <= 0:
+                return self.length if positions == "prompt" else 0
+            whole = generation.mask is None and (positions == "all" or first >= self.length)
+            return 0 if whole else None
         return min(max(first, 0), self.length)
 
     def where(self, positions: str) -> Where:
