@@ -29,7 +29,7 @@ _TOKENS_A_BATCH = 2048
 """Tokens, padding included, that run together by default: enough to fill the matmuls, little in memory."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Activations:
     """Hidden states of texts at the output of decoder blocks, `activations[layer]`: float32 `"example d_model"`."""
 
@@ -41,6 +41,8 @@ class Activations:
     """One digest a text: equal texts are known without keeping them."""
 
     def __getitem__(self, layer: int) -> Tensor:
+        if self.fingerprint is not None:
+            [layer] = resolve_layers(layer, self.fingerprint.depth)
         if layer not in self.states:
             raise LayerError(f"Layer {layer} was not recorded. Found layers {self.layers}. Record it.", layer=layer)
         return self.states[layer]
@@ -126,7 +128,7 @@ def record(
         raise TextsError(f"`batch_size` must be at least 1. Found {batch_size}. Leave it out for a good default.")
     texts = checked_texts(texts, "texts")
     decoder = find_decoder(model)
-    chosen = resolve_layers(layers, decoder.depth)
+    chosen = tuple(sorted(resolve_layers(layers, decoder.depth)))
     tokens = tokenise(tokenizer, texts)
     limit = getattr(decoder.model.config, "max_position_embeddings", None)
     for index, ids in enumerate(tokens):
@@ -141,6 +143,11 @@ def record(
     device = torch.device("cpu") if device.type == "meta" else device
     reader = _Reader(read)
     with ExitStack() as stack, torch.no_grad():
+        # Dropout would read other states at every batching.
+        for module in decoder.model.modules():
+            if module.training:
+                module.training = False
+                stack.callback(setattr, module, "training", True)
         for layer in chosen:
             stack.callback(decoder.blocks[layer].register_forward_hook(reader.hook(layer)).remove)
         bar = stack.enter_context(tqdm(total=len(texts), desc="recording", unit="text", disable=not progress))

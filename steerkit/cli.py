@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from steerkit.errors import ArtefactError, SteerkitError, TextsError
+from steerkit.errors import ArtefactError, SteerkitError, TextsError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from steerkit.concepts.concept import Concept
@@ -44,10 +44,11 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
         try:
             function(*args, **kwargs)
         except (SteerkitError, OSError) as error:
-            _err.print(f"[red]error:[/red] {str(error).splitlines()[0]}", highlight=False, soft_wrap=True)
+            line = (str(error) or type(error).__name__).splitlines()[0]
+            _err.print(f"error: {line}", markup=False, highlight=False, soft_wrap=True)
             raise typer.Exit(2) from error
         except KeyboardInterrupt as error:
-            _err.print("stopped; nothing was written")
+            _err.print("stopped; no file is half-written")
             raise typer.Exit(130) from error
 
     return guarded
@@ -59,8 +60,13 @@ def _load(model: str | None) -> tuple[Any, Any]:
     from steerkit.demo import load_model
 
     logging.disable_progress_bar()
-    with _err.status("loading the model"):
-        return load_model(model)
+    try:
+        with _err.status("loading the model"):
+            return load_model(model)
+    except ValueError as error:
+        if isinstance(error, SteerkitError):
+            raise
+        raise UnsupportedModelError(f"{model} must be a causal language model. It cannot be loaded: {error}") from error
 
 
 @app.command()
@@ -138,7 +144,7 @@ def concept_inspect(
 
     Example: `steerkit concept inspect toxicity.safetensors`
     """
-    _show(_concept(path, None), as_json)
+    _show(_concept(_path_of(str(path)), None), as_json)
 
 
 @app.command()
@@ -161,7 +167,9 @@ def generate(
 ) -> None:
     """Generate from several prompts in one batch, steered by concepts.
 
-    NAME is a file, or the name of NAME.safetensors in this folder. A list gives each prompt its own amount.
+    NAME is a file, or the name of NAME.safetensors in this folder. A list gives each prompt its own amount; at-most 1 and
+    at-least 0 are off. A band is one of each on the same concept. Layers are those that the concept's file names. The mean
+    magnitude is over layers and over the new tokens, with its sign.
 
     Example: `steerkit generate "The film was" "My day was" --at-most toxicity=0.01 --add formal=4,0`
     """
@@ -169,6 +177,7 @@ def generate(
 
     from steerkit.activations import tokenise
     from steerkit.controller import Controller
+    from steerkit.demo import until_end
 
     requests = [
         *(_request("at_most", text) for text in at_most or []),
@@ -180,7 +189,8 @@ def generate(
     loaded, tokenizer = _load(model)
     interventions: list[Intervention] = []
     for kind, name, amount in requests:
-        interventions.append(_intervention(files[name], kind, amount, len(interventions)))
+        taken = {each.name for each in interventions}
+        interventions.append(_intervention(files[name], kind, amount, taken))
     control = Controller(loaded, interventions, record_magnitudes=True) if interventions else None
     texts: list[Any] = [[{"role": "user", "content": p}] for p in prompts] if chat else list(prompts)
     tokens = tokenise(tokenizer, texts)
@@ -196,16 +206,15 @@ def generate(
     with control or nullcontext(), _err.status("generating"):
         rows = loaded.generate(**batch, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id, **sampling)
     answers = [tokenizer.decode(row[width:], skip_special_tokens=True) for row in rows]
-    doses = (
-        {}
-        if control is None
-        else {
-            name: torch.stack([m[:, width - 1 :].abs().mean(dim=1) for m in by_layer.values()], dim=1)
-            .mean(dim=1)
-            .tolist()
-            for name, by_layer in control.magnitudes.items()
-        }
-    )
+    magnitudes = {} if control is None else control.magnitudes
+    new = [until_end(row[width:], tokenizer) for row in rows]
+    doses = {
+        name: [
+            float(torch.stack([m[row, width - 1 :][: len(ids)].mean() for m in by_layer.values()]).mean())
+            for row, ids in enumerate(new)
+        ]
+        for name, by_layer in magnitudes.items()
+    }
     _print_generations(prompts, answers, doses, as_json)
 
 
@@ -299,7 +308,7 @@ def _request(kind: str, text: str) -> tuple[str, str, Any]:
     if not equals or not name or not numbers:
         option = kind.replace("_", "-")
         raise TextsError(
-            f"`--{option}` must be NAME=NUMBER. Found {text!r}. Write --{option} toxicity=0.01, for example."
+            f"`--{option}` must be NAME=NUMBER. Found {text!r}. Write --{option} toxicity={40 if kind == 'add' else 0.01}, for example."
         )
     return kind, name, numbers[0] if len(numbers) == 1 else numbers
 
@@ -318,9 +327,11 @@ def _concept(path: Path, direction: str | None) -> "Concept":
     return found if direction is None else found.along(direction)  # type: ignore[arg-type]
 
 
-def _intervention(concept: "Concept", kind: str, amount: Any, index: int) -> "Intervention":
+def _intervention(concept: "Concept", kind: str, amount: Any, taken: set[str]) -> "Intervention":
     # Two requests may name one concept (a band); keys within a Controller must differ.
-    name = f"{concept.name}_{kind}_{index}" if index else concept.name
+    name = concept.name
+    while name in taken:
+        name = f"{name}_{kind}"
     if kind == "add":
         return concept.add(amount, name=name)
     if kind == "erase":

@@ -15,7 +15,7 @@ from torch import Tensor
 from steerkit.errors import AmountError, AttachError, BaseModelMismatchError, LayerError, NotReachedError, SamplesError
 from steerkit.hooks import Clock, Moment
 from steerkit.intervention import Amounts, Intervention
-from steerkit.model import Fingerprint, find_decoder
+from steerkit.model import Fingerprint, find_decoder, resolve_layers
 from steerkit.sites import Pass, Site, device_of
 from steerkit.types import Amount
 
@@ -154,7 +154,7 @@ class Controller:
             if not any(site.reached[site.interventions.index(each)] for site in sites):
                 raise NotReachedError(
                     f"{each.name!r} reached no row: {self._why_not(each)} while the Controller was attached at layers "
-                    f"{each.layers[0]}..{each.layers[-1]}. Run the model inside `with` (compile it after attach).",
+                    f"{min(each.layers)}..{max(each.layers)}. Run the model inside `with` (compile it after attach).",
                     name=each.name,
                 )
 
@@ -169,6 +169,8 @@ class Controller:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._stack is None:
+            return  # detached by hand
         try:
             self.detach()
         except NotReachedError:
@@ -191,11 +193,17 @@ class Controller:
             raise AmountError(
                 f"`using` takes amounts by the names {sorted(by_name)}. Found {unknown or 'none'}. Check the spelling."
             )
-        new = {**self._amounts, **{name: by_name[name].read(amount) for name, amount in amounts.items()}}
+        new = {**self._amounts, **{name: by_name[name].read(self._keyed(amount)) for name, amount in amounts.items()}}
         self._refuse_contradictions(new)
         using = _Using(self, {name: self._amounts[name] for name in amounts})
         self._set(new)
         return using
+
+    def _keyed(self, amount: Amount) -> Amount:
+        """Return an amount with its layers, if it names any, counted from the front."""
+        if not isinstance(amount, Mapping):
+            return amount
+        return {resolve_layers(layer, self._decoder.depth)[0]: value for layer, value in amount.items()}
 
     def _set(self, amounts: Mapping[str, Amounts]) -> None:
         self._amounts = dict(amounts)
@@ -220,7 +228,7 @@ class Controller:
         """
         if not self.record_magnitudes:
             raise AttachError(
-                "Magnitudes are kept on request. Found record_magnitudes=False. Make a Controller with True."
+                "Magnitudes are kept on request. Found record_magnitudes=False. Make it with Controller(..., record_magnitudes=True)."
             )
         return {
             each.name: {site.layer: site.recorded(each) for site in self._sites if each in site.interventions}
@@ -275,7 +283,8 @@ class Controller:
             if compiled:
                 raise AttachError(
                     f"Hooks must be on before the model is compiled: a compiled {type(module).__name__} skips hooks that "
-                    "come later. Pass the plain model, attach(), then torch.compile it and change amounts with using()."
+                    "come later. Pass the plain model, attach(), then torch.compile it and change amounts with using(). If "
+                    "generate compiled it (static cache), keep one Controller attached, or pass disable_compile=True."
                 )
 
 
@@ -293,7 +302,7 @@ def _check_names(interventions: list[Any]) -> None:
     double = next((name for name in names if names.count(name) > 1), None)
     if double is not None:
         raise AmountError(
-            f"Names within a Controller must differ. Found {double!r} twice. Rename one: concept.add(..., name='other')."
+            f"Names within a Controller must differ. Found {double!r} twice. Give one of them a name of its own: name='other'."
         )
 
 

@@ -80,10 +80,11 @@ def _embedded_model() -> Path:
     model.config._name_or_path = MODEL
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        model.to(torch.bfloat16).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        shutil.copytree(folder, f"{folder}.whole")
-    os.rename(f"{folder}.whole", target)
+        whole = Path(folder) / MODEL
+        model.to(torch.bfloat16).save_pretrained(whole)
+        tokenizer.save_pretrained(whole)
+        shutil.rmtree(target, ignore_errors=True)
+        whole.rename(target)
     return target
 
 
@@ -194,7 +195,7 @@ def _generate(
         sampling = {"do_sample": True, "temperature": 0.7}
     with control or nullcontext():
         rows = model.generate(**batch, max_new_tokens=new_tokens, pad_token_id=tokenizer.eos_token_id, **sampling)
-    new = [_until_end(row[width:], tokenizer) for row in rows]
+    new = [until_end(row[width:], tokenizer) for row in rows]
     texts = [tokenizer.decode(row, skip_special_tokens=True) for row in new]
     states = record(
         model, tokenizer, [p + t for p, t in zip(prompts, texts, strict=True)], layers=[c.best_layer for c in concepts]
@@ -238,7 +239,8 @@ def _untouched(one: Run) -> float:
     return float((cells == 0).float().mean())
 
 
-def _until_end(tokens: Tensor, tokenizer: Any) -> list[int]:
+def until_end(tokens: Tensor, tokenizer: Any) -> list[int]:
+    """Return the tokens of a row up to its end token; what follows is padding."""
     ids: list[int] = tokens.tolist()
     return ids[: ids.index(tokenizer.eos_token_id) + 1] if tokenizer.eos_token_id in ids else ids
 

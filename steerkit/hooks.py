@@ -12,7 +12,6 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,8 @@ from torch import Tensor, nn
 from steerkit.errors import AttachError, SamplesError
 from steerkit.types import STREAMS
 
-_running: "WeakKeyDictionary[nn.Module, Clock]" = WeakKeyDictionary()
+_CLOCK = "_steerkit_clock"
+"""Where a model keeps its clock while something is attached: with the model, so that it cannot outlive it."""
 
 Where = bool | Tensor
 """Positions to edit in a forward pass: all, none, or a mask that broadcasts to `"batch pos"`."""
@@ -121,7 +121,7 @@ class Moment:
         """A bare forward pass is all prompt."""
         if positions == "generated":
             return False
-        real = _real_columns(self._mask, self.rows, self.length)
+        real = _real_columns(self._mask, self.rows, self.length, self.start)
         columns = torch.arange(self.length, device=self.device)
         if real is None:
             return True if positions != "last" or self.length == 1 else (columns == self.length - 1)[None]
@@ -154,7 +154,7 @@ class Moment:
         return real & (columns >= generation.last.to(self.device)[sample][:, None])
 
 
-def _real_columns(mask: Any, rows: int, length: int) -> Tensor | None:
+def _real_columns(mask: Any, rows: int, length: int, start: int | Tensor) -> Tensor | None:
     """Return `"batch pos"`, the real tokens of a bare forward pass, from whatever attention mask it was given."""
     if isinstance(mask, dict):
         mask = next((m for m in mask.values() if m is not None), None)
@@ -169,7 +169,12 @@ def _real_columns(mask: Any, rows: int, length: int) -> Tensor | None:
         allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
         mask = allowed.any(dim=-2).any(dim=1)
         mask = mask.expand(rows, mask.shape[-1])
-    return mask[:, -length:].bool()
+    if isinstance(start, int):
+        # A mask as wide as a static cache has columns that are not yet there.
+        mask = mask[:, : start + length]
+        return mask[:, -length:].bool()
+    columns = (start + torch.arange(length, device=mask.device)).clamp(max=mask.shape[1] - 1)
+    return mask.index_select(1, columns).bool()
 
 
 class Clock:
@@ -190,12 +195,12 @@ class Clock:
     @classmethod
     def of(cls, model: Any, owner: nn.Module) -> "Clock":
         """Return the running clock of a model, or start one; `owner` is the module that runs through the blocks."""
-        clock = _running.get(model)
+        clock: Clock | None = model.__dict__.get(_CLOCK)
         if clock is None:
             clock = cls(model, owner)
             with ExitStack() as stack:
-                _running[model] = clock
-                stack.callback(_running.pop, model, None)
+                model.__dict__[_CLOCK] = clock
+                stack.callback(model.__dict__.pop, _CLOCK, None)
                 handle = owner.register_forward_pre_hook(clock._begin, with_kwargs=True)
                 stack.callback(handle.remove)
                 clock._wrap_generate(stack)
@@ -267,7 +272,14 @@ class _Generate:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         bound = inspect.signature(self._original).bind_partial(*args, **kwargs).arguments
-        generation = _describe(self._clock.model, {**bound.pop("kwargs", {}), **bound})
+        given = {**bound.pop("kwargs", {}), **bound}
+        scale = given.get("guidance_scale") or getattr(given.get("generation_config"), "guidance_scale", None)
+        if scale not in (None, 1):
+            raise AttachError(
+                f"Every forward pass must continue the prompts. Found guidance_scale={scale}, which runs a second stream of "
+                "its own beside them. Leave it out while a Controller is attached."
+            )
+        generation = _describe(self._clock.model, given)
         for listener in self._clock.on_generate:
             listener(generation.samples)
         self._clock.generations.append(generation)
@@ -280,7 +292,7 @@ class _Generate:
 @contextmanager
 def rows_are_samples(model: Any, rows: Sequence[int], samples: int) -> Iterator[None]:
     """Within, the rows of bare forward passes are these of so many samples; for batches that are sorted or split."""
-    clock = _running.get(model)
+    clock: Clock | None = model.__dict__.get(_CLOCK)
     if clock is not None:
         clock.assigned = (torch.tensor(rows), samples)
     try:

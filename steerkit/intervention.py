@@ -54,7 +54,7 @@ class Amounts(NamedTuple):
             return cls(torch.cat([c.values.expand(samples or 1, 1) for c in columns], dim=1), samples)
         values = _numbers(amount, name)
         if not bool(values.isfinite().all()):
-            raise AmountError(f"`{name}` must be finite. Found {_short(values)}. Use 0 (or a bound of 0 or 1) for off.")
+            raise AmountError(f"`{name}` must be finite. Found {_shown(values)}. Use 0 (or a bound of 0 or 1) for off.")
         if values.ndim == 0:
             return cls(values.expand(1, len(layers)).clone(), None)
         if values.ndim == 1 and len(values) > 0:
@@ -84,7 +84,7 @@ def _numbers(amount: Any, name: str) -> Tensor:
         ) from error
 
 
-def _short(values: Tensor) -> str:
+def _shown(values: Tensor) -> str:
     shown = ", ".join(f"{value:g}" for value in values.flatten()[:8].tolist())
     return f"[{shown}{', ...' if values.numel() > 8 else ''}]"
 
@@ -184,7 +184,7 @@ class Erasure(Intervention):
     def read(self, amount: Amount) -> Amounts:
         amounts = Amounts.read(amount, self.layers, self.name)
         if not bool(((amounts.values == 0) | (amounts.values == 1)).all()):
-            raise AmountError(f"An erasure is on (1) or off (0). Found {_short(amounts.values)}. Use `add` for a dose.")
+            raise AmountError(f"An erasure is on (1) or off (0). Found {_shown(amounts.values)}. Use `add` for a dose.")
         return amounts
 
     def at(self, layer: int) -> Bound:
@@ -229,7 +229,7 @@ class Constraint(Intervention):
         amounts = Amounts.read(amount, self.layers, word)
         probability = amounts.values
         if bool(((probability < 0) | (probability > 1)).any()):
-            raise AmountError(f"`{word}` must be a probability. Found {_short(probability)}. Use 0 <= {word} <= 1.")
+            raise AmountError(f"`{word}` must be a probability. Found {_shown(probability)}. Use 0 <= {word} <= 1.")
         never = 1.0 if self.sense > 0 else 0.0
         if bool((probability == never).any()):
             raise AmountError(
@@ -313,7 +313,7 @@ class SiteEdit:
                 names = tuple(self.names[self.bounds[k]] for k in (first, second))
                 raise DependentConceptsError(
                     f"Bounds on one probe must leave room between them. Found that {names[0]!r} and {names[1]!r} "
-                    f"contradict each other at layer {self.layer}. Lower one of them.",
+                    f"contradict each other at layer {self.layer}. Move one bound, leave one out, or use other layers.",
                     pair=names,
                     layer=self.layer,
                 )
@@ -370,11 +370,24 @@ class SiteEdit:
         signed = problem.solve(reading, logit, on).to(wide)
         if self.caps is not None:
             limit = self.caps * hidden.to(wide).norm(dim=-1, keepdim=True)
-            signed = torch.minimum(torch.maximum(signed, -limit), limit)
+            signed = self._within(limit, signed, reading, logit, on)
         for k, i in enumerate(self.bounds):
             magnitudes[i] = signed[..., k]
         edited = (hidden.to(wide) + signed @ problem.direction.to(wide)).to(hidden.dtype)
         return torch.where((signed != 0).any(dim=-1, keepdim=True), edited, hidden)
+
+    def _within(self, limit: Tensor, signed: Tensor, reading: Tensor, logit: Tensor, on: Tensor) -> Tensor:
+        """Hold magnitudes at their caps and solve for the others anew: a cap releases its own bound and no other."""
+        problem = self.problem
+        assert problem is not None
+        effect = problem.direction.to(reading) @ problem.weight.to(reading).T
+        fixed, free = torch.zeros_like(reading), on
+        for _ in self.bounds:
+            over = free & (signed.abs() > limit)
+            fixed = torch.where(over, signed.sign() * limit, fixed)
+            free = free & ~over
+            signed = (problem.solve(reading + fixed @ effect, logit, free) + fixed).to(signed)
+        return torch.minimum(torch.maximum(signed, -limit), limit)
 
     def everywhere(self, amounts: Sequence[Tensor], like: Tensor) -> Callable[[Tensor], Tensor] | None:
         """Return the edit of every position with these amounts as a few tensor operations, or None if it takes more.
@@ -460,7 +473,7 @@ def edit_site(
     where: Where | Sequence[Where],
     state: Any = None,
     *,
-    layer: int,
+    layer: int | None = None,
 ) -> tuple[Tensor, Any]:
     """Return a site's output as all its interventions together leave it, and the state for the next forward pass.
 
@@ -471,8 +484,13 @@ def edit_site(
         amounts: one `"batch"` (or one-entry) tensor an intervention, in the unit of `Intervention.read`.
         where: which positions to edit, `"batch pos"` or True, for all interventions or for each.
         state: what a condition or a schedule carries on; returned as it came for the kinds above.
-        layer: the decoder block whose output this is.
+        layer: the decoder block whose output this is; by default the one layer that all interventions name.
     """
+    if layer is None:
+        shared = set.intersection(*(set(each.layers) for each in interventions))
+        if len(shared) != 1:
+            raise AmountError(f"`layer` must be named where interventions share {len(shared)} layers. Pass layer=.")
+        [layer] = shared
     each = [where] * len(interventions) if isinstance(where, bool | Tensor) else list(where)
     edited, _ = SiteEdit(interventions, layer, output.device).edit(output, amounts, each)
     return edited, state

@@ -23,7 +23,8 @@ def load(path: str | os.PathLike[str], model: Any = None, *, check_model: bool =
     Args:
         path: a file that `artefact.save(path)` wrote. Nothing in it is executed.
         model: the model to use it on; another base model than the one it was made on is refused.
-        check_model: False to use it on `model` all the same; it counts as made on that model from then on.
+        check_model: False to use it on `model` all the same, if depth and width agree; it counts as made on that model from
+            then on.
 
     Raises:
         ArtefactError: the file is missing, damaged, not ours, or from a newer format.
@@ -38,6 +39,9 @@ def load(path: str | os.PathLike[str], model: Any = None, *, check_model: bool =
     if model is None:
         return artefact
     here = Fingerprint.of(model)
+    made_on = artefact.fingerprint
+    if made_on is not None and (made_on.depth, made_on.d_model) != (here.depth, here.d_model):
+        made_on.check(here, repr(stored.header.get("name", stored.kind)))
     if not check_model:
         return replace(artefact, fingerprint=here)
     if artefact.fingerprint is not None:

@@ -7,6 +7,7 @@ model that breaks the promise is refused with what was seen.
 
 import hashlib
 import inspect
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import PurePath
@@ -200,7 +201,7 @@ def hidden_states_of(output: Any) -> Tensor | None:
 
 
 def resolve_layers(layers: Layers | None, depth: int) -> tuple[int, ...]:
-    """Return layer indices as increasing non-negative integers without doubles; None means every block.
+    """Return layer indices as non-negative integers without doubles, in the order given; None means every block.
 
     Raises:
         LayerError: an index is not an integer, does not exist or is given twice.
@@ -225,10 +226,10 @@ def resolve_layers(layers: Layers | None, depth: int) -> tuple[int, ...]:
         raise LayerError(f"At least one layer is required. Found none. Pass block indices, 0 to {depth - 1}.")
     if len(set(resolved)) != len(resolved):
         raise LayerError(f"Layers must differ. Found {listed}, which is {resolved} once resolved. Name each one once.")
-    return tuple(sorted(resolved))
+    return tuple(resolved)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Fingerprint:
     """What tells one base model from another, and survives a cast between float32, bfloat16 and float16.
 
@@ -246,11 +247,7 @@ class Fingerprint:
     def of(cls, model: Any) -> "Fingerprint":
         """Take the fingerprint of a model, reading through PEFT wrappers to the base weights."""
         decoder = find_decoder(model)
-        named = sorted(
-            (name.replace(".base_layer", ""), parameter)
-            for name, parameter in decoder.model.named_parameters()
-            if not any(mark in name for mark in (".lora_", ".modules_to_save.", ".ia3_"))
-        )
+        named = sorted(_base_parameters(decoder.model), key=lambda pair: pair[0])
         text = "\n".join(f"{name} {tuple(parameter.shape)}" for name, parameter in named)
         generator = torch.Generator().manual_seed(0)
         picks = torch.randint(len(named), (_SAMPLES,), generator=generator).tolist()
@@ -301,6 +298,26 @@ class Fingerprint:
                 expected=self.digest,
                 found=other.digest,
             )
+
+
+def _base_parameters(model: Any) -> list[tuple[str, Tensor]]:
+    """Return the parameters that the base model has by itself, by the names that they have there.
+
+    PEFT keeps an adapted layer as `base_layer` and a copied module's original as `original_module`, and puts what it
+    adds beside them.
+    """
+    adapted = {
+        name.rpartition(".")[0]
+        for name, _ in model.named_modules()
+        if name.endswith((".base_layer", ".original_module"))
+    }
+    kept = []
+    for name, parameter in model.named_parameters():
+        owner = next((place for place in adapted if name.startswith(place + ".")), None)
+        rest = "" if owner is None else name[len(owner) + 1 :]
+        if owner is None or rest.startswith(("base_layer.", "original_module.")):
+            kept.append((re.sub(r"\.(base_layer|original_module)(?=\.)", "", name), parameter))
+    return kept
 
 
 def _entry(parameter: Tensor, place: float) -> float:

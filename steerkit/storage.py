@@ -4,6 +4,7 @@ The header lies under the key `steerkit` of the file's metadata: kind, format ve
 the kind adds, such as the base model's fingerprint.
 """
 
+import hashlib
 import json
 import os
 import stat
@@ -90,8 +91,14 @@ def write(
     """
     target = Path(path)
     held = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    full: dict[str, Any] = {**header, "kind": kind, "format": FORMAT, "steerkit": package_version()}
-    blob = save(held, metadata={"steerkit": json.dumps(full, allow_nan=False)})
+    made = {"kind": kind, "format": FORMAT, "steerkit": package_version(), "checksum": _checksum(held)}
+    full: dict[str, Any] = {**header, **made}
+    try:
+        blob = save(held, metadata={"steerkit": json.dumps(full, allow_nan=False)})
+    except (TypeError, ValueError) as error:
+        raise ArtefactError(
+            f"A header must be JSON with finite numbers. Found {error}. Nothing was written."
+        ) from error
     write_bytes(target, blob)
 
 
@@ -126,6 +133,15 @@ def _replace(target: Path, blob: bytes) -> None:
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    """Return one digest of all values: safetensors checks the layout of a file and not its bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:32]
 
 
 def _umask() -> int:
@@ -166,11 +182,14 @@ def read(path: str | os.PathLike[str]) -> Stored:
         kind, made = header["kind"], header["format"]
         if not isinstance(kind, str) or not isinstance(made, int):
             raise TypeError("kind and format")
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        whole = made > FORMAT or header.get("checksum") == _checksum(tensors)
+    except (ValueError, TypeError, KeyError, RecursionError, RuntimeError) as error:
         raise ArtefactError(
             f"{source} must carry a valid steerkit header. Found a damaged one ({type(error).__name__}: {error!s:.80}). "
             "Make or download it again."
         ) from error
+    if not whole:
+        raise ArtefactError(f"{source} is damaged: its tensors do not match their checksum. Copy or make it again.")
     if made > FORMAT:
         raise ArtefactError(
             f"{source} has format {made}; this steerkit ({package_version()}) reads up to {FORMAT}. Upgrade steerkit-sdk."

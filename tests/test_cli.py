@@ -49,7 +49,9 @@ def test_fit_takes_json_lines_layers_and_direction(folder: Path) -> None:
     words = options(folder)
     words[1] = str(folder / "yes.jsonl")
     out = folder / "chosen.safetensors"
-    done = run("concept", "fit", "chosen", *words, "--layers", "1-2", "--direction", "pattern", "-o", str(out), "--json")
+    done = run(
+        "concept", "fit", "chosen", *words, "--layers", "1-2", "--direction", "pattern", "-o", str(out), "--json"
+    )
     assert done.exit_code == 0, done.output
     assert list(json.loads(done.stdout)["figures"]) == ["1", "2"]
     assert load(out).direction == "pattern"
@@ -93,7 +95,10 @@ def test_generate_takes_names_bands_and_chat(folder: Path, monkeypatch: pytest.M
         (["concept", "fit", "x", "--positive", "broken.jsonl", "--negative", "no.txt"], "line 2"),
         (["concept", "fit", "x", "--positive", "yes.txt", "--negative", "no.txt", "-o", "model"], "file"),
         (["concept", "fit", "x", "--positive", "yes.txt", "--negative", "no.txt", "--layers", "a-b"], "3,5,-1"),
-        (["concept", "fit", "x", "--positive", "yes.txt", "--negative", "no.txt", "--layers", "40", "-m", "model"], "40"),
+        (
+            ["concept", "fit", "x", "--positive", "yes.txt", "--negative", "no.txt", "--layers", "40", "-m", "model"],
+            "40",
+        ),
         (["concept", "fit", " ", "--positive", "yes.txt", "--negative", "no.txt", "-m", "model"], "needs a name"),
         (["generate", "w1", "--at-most", "warm"], "NAME=NUMBER"),
         (["generate", "w1", "--at-most", "warm=2", "-m", "model"], "probability"),

@@ -236,7 +236,7 @@ TABLE: dict[str, tuple[Trigger, str, list[str], dict[str, Any]]] = {
     "two of one name": (
         lambda: Controller(model(), [concept().add(1.0), concept().erase()], check_model=False),
         "AmountError",
-        ["must differ", "Found 'toxicity' twice", "Rename one"],
+        ["must differ", "Found 'toxicity' twice", "name of its own"],
         {},
     ),
     "an unknown name": (
@@ -254,7 +254,7 @@ TABLE: dict[str, tuple[Trigger, str, list[str], dict[str, Any]]] = {
     "contradicting bounds": (
         contradicting,
         "DependentConceptsError",
-        ["leave room", "'low' and 'high'", "layer 1", "Lower one"],
+        ["leave room", "'low' and 'high'", "layer 1", "Move one"],
         {"pair": ("low", "high"), "layer": 1},
     ),
     "rows of a forward pass": (

@@ -10,6 +10,7 @@ import stat
 import struct
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from torch import Tensor
 from steerkit import Concept, Controller, load, record, storage
 from steerkit.activations import Activations
 from steerkit.errors import ArtefactError, BaseModelMismatchError, SteerkitError
+from steerkit.storage import _checksum
 from steerkit.types import DIRECTIONS
 
 TEXTS = [f"w{i} w{i + 1} w{2 * i}" for i in range(24)]
@@ -63,6 +65,10 @@ def parts(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def forge(path: Path, header: Any, tensors: dict[str, Tensor]) -> Path:
     """Write a safetensors file with any header, which may be JSON text that `json.dumps` would not write."""
+    if isinstance(header, dict):
+        # What is forged has a fitting checksum, so that the checks behind it are reached.
+        with suppress(RuntimeError):
+            header = {**header, "checksum": _checksum(tensors)}
     text = header if isinstance(header, str) else json.dumps(header)
     path.write_bytes(save({k: v.contiguous() for k, v in tensors.items()}, metadata={"steerkit": text}))
     return path
@@ -856,3 +862,14 @@ def test_loading_does_not_run_or_change_the_model(saved):
     load(saved, model)
     assert calls == []
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_flipped_bit_anywhere_in_the_values_is_noticed(artefact, tmp_path):
+    path = tmp_path / "flipped.safetensors"
+    artefact.save(path)
+    whole = path.read_bytes()
+    start = 8 + struct.unpack("<Q", whole[:8])[0]
+    for place in range(start, len(whole), max(1, (len(whole) - start) // 25)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        with pytest.raises(ArtefactError, match="damaged"):
+            load(path)

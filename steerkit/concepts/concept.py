@@ -17,6 +17,7 @@ from steerkit import storage
 from steerkit.activations import Activations, Read, checked_texts, record, stored_fingerprint
 from steerkit.concepts.examples import (
     Groups,
+    check_alike,
     check_counts,
     check_direction,
     check_groups,
@@ -86,7 +87,8 @@ class Concept:
             layers: blocks to probe; all by default.
             direction: what interventions move along: `"probe"` (w, the paper's), `"pattern"` (Sigma w) or
                 `"mean_difference"`. The probe measures in any case.
-            held_out: share of the texts of each class that the fit never sees.
+            held_out: share of the texts of each class that the fit never sees, at most a half; the nearest of 1/2, 1/3, 1/4
+                and so on is taken.
             seed: of the split.
             groups: one label a positive and one a negative text; texts of one group stay on one side of the split.
                 Equal texts always do.
@@ -146,6 +148,7 @@ class Concept:
             raise LayerError(
                 f"Both recordings must hold the same layers. Found {positive.layers} and {negative.layers}. Record both alike."
             )
+        check_alike(positive, negative)
         if positive.fingerprint is not None and negative.fingerprint is not None:
             positive.fingerprint.check(negative.fingerprint, "the positive recording")
         layers = positive.layers

@@ -20,8 +20,8 @@ def check_settings(name: str, direction: str, held_out: float, regularisation: f
             f"A concept needs a name, the key for `Controller.using`. Found {name!r}. Pass 'toxicity', for example."
         )
     check_direction(direction)
-    if not 0 < held_out < 1:
-        raise TextsError(f"`held_out` must be a share between 0 and 1. Found {held_out!r}. Try 0.2.")
+    if not 0 < held_out <= 0.5:
+        raise TextsError(f"`held_out` must be a share between 0 and 0.5. Found {held_out!r}. Try 0.2.")
     if regularisation is not None and not regularisation > 0:
         raise TextsError(
             f"`regularisation` must be positive. Found {regularisation!r}. Leave it out to have it chosen."
@@ -56,6 +56,15 @@ def check_groups(groups: Groups | None, positive: int, negative: int) -> None:
         raise TextsError(
             f"`groups` must be a pair: one label for each of {positive} positive and {negative} negative texts. Found "
             f"{found}. Pass (positive_groups, negative_groups)."
+        )
+
+
+def check_alike(positive: Activations, negative: Activations) -> None:
+    """Refuse two recordings whose difference is not the concept."""
+    kinds = [(side.read, side[side.layers[0]].shape[1]) for side in (positive, negative)]
+    if kinds[0] != kinds[1]:
+        raise TextsError(
+            f"Both recordings must be read alike and of one width. Found {kinds[0]} and {kinds[1]}. Record both alike."
         )
 
 

@@ -37,7 +37,7 @@ _BINS = 10
 _RESAMPLES = 500
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Probe:
     """`P(h) = sigmoid(w . h + b)` on raw hidden states (GCAV, equation 1)."""
 
@@ -51,8 +51,10 @@ class Probe:
         return self.weight / self.weight.norm()
 
     def logit(self, hidden_states: Tensor) -> Tensor:
-        """Return `w . h + b` in float32 for `"... d_model"`."""
-        return hidden_states.float() @ self.weight.to(hidden_states.device) + self.bias
+        """Return `w . h + b` in float32 or better for `"... d_model"`."""
+        wide = torch.promote_types(hidden_states.dtype, torch.float32)
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return hidden_states.to(wide) @ self.weight.to(hidden_states.device, wide) + self.bias
 
     def probability(self, hidden_states: Tensor) -> Tensor:
         """Return `sigmoid(w . h + b)` for `"... d_model"`."""

@@ -27,7 +27,7 @@ OFF = 1e30
 """Stands for an infinite distance: a bound this far away is inactive, and products with zero stay zero."""
 
 _DEPENDENT = 1e-9
-"""Normalised principal minors below this count as zero. Raising it refuses concepts that are further apart."""
+"""A probe that adds less than this to others of norm one depends on them. Raising it refuses concepts further apart."""
 
 _MAX_SETS = 1024
 """Active sets that are enumerated; with more, the batched pivoting takes over."""
@@ -44,8 +44,9 @@ def minimal_edit(
     """Return the edit after which every probe meets its bound; zero, bit for bit, where all bounds hold already.
 
     For one probe, with the bound violated: `edit = (logit - bias - w . h) / (w . u) * u`. For several see the module
-    docstring. Logits are computed in float32 and the small problem is solved in float64. Runs without host
-    synchronisation up to 10 independent probes (1024 active sets); beyond that each pivot reads one flag.
+    docstring. Logits are computed in float32 and the small problem is solved in float64. The checks of the probes read
+    a few numbers back; prepare an `EditProblem` once to solve for many rows without host synchronisation (up to 1024 active
+    sets, 10 independent probes; beyond that each pivot reads one flag).
 
     Args:
         hidden_states: `"... d_model"`.
@@ -153,7 +154,10 @@ class EditProblem:
 
     def to(self, device: torch.device) -> "EditProblem":
         """Return the same problem with its tensors on another device."""
-        moved: dict[str, Any] = {name: part.to(device) for name, part in vars(self).items() if isinstance(part, Tensor)}
+        tensors = {name: part for name, part in vars(self).items() if isinstance(part, Tensor)}
+        if device.type == "mps":  # has no float64
+            tensors = {n: part.float() if part.dtype == torch.float64 else part for n, part in tensors.items()}
+        moved: dict[str, Any] = {name: part.to(device) for name, part in tensors.items()}
         return replace(self, **moved)
 
     def dependent_pair(self) -> tuple[int, int] | None:
@@ -173,7 +177,7 @@ class EditProblem:
         else:
             sizes = range(2, len(kept) + 1)
             groups = [group for size in sizes for group in itertools.combinations(kept, size)]
-            groups = [g for g in groups if float(torch.linalg.det(matrix[g, :][:, g])) < _DEPENDENT][:1]
+            groups = [group for group in groups if _last_pivot(matrix, group) < _DEPENDENT][:1]
         if not groups:
             return None
         return max(itertools.combinations(groups[0], 2), key=lambda pair: abs(float(matrix[pair])))
@@ -233,8 +237,8 @@ class EditProblem:
 def _parallel_pairs(
     weight: Tensor, direction: Tensor, equality: Tensor, matrix: Tensor
 ) -> tuple[tuple[int, int, str], ...]:
-    unit = torch.nn.functional.normalize(weight.double().cpu(), dim=-1)
-    along = torch.nn.functional.normalize(direction.double().cpu(), dim=-1)
+    unit = torch.nn.functional.normalize(weight.cpu().double(), dim=-1)
+    along = torch.nn.functional.normalize(direction.cpu().double(), dim=-1)
     same = ((unit @ unit.T).abs() > 1 - 1e-9) & ((along @ along.T).abs() > 1 - 1e-9)
     exact, together = equality.tolist(), matrix.cpu()
 
@@ -263,7 +267,7 @@ def _active_sets(matrix: Tensor) -> tuple[Tensor, Tensor]:
         operator = torch.zeros_like(matrix)
         if group:
             block = matrix[group, :][:, group]
-            if abs(float(torch.linalg.det(block))) < _DEPENDENT:
+            if abs(_last_pivot(matrix, group)) < _DEPENDENT:
                 dependent.append(set(group))
                 continue
             index = torch.tensor(group)
@@ -275,6 +279,12 @@ def _active_sets(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(members), torch.stack(operators)
 
 
+def _last_pivot(matrix: Tensor, group: tuple[int, ...]) -> float:
+    """Return what the last of a group adds to the others, whatever their scale: the ratio of two principal minors."""
+    minors = [float(torch.linalg.det(matrix[part, :][:, part])) for part in (group, group[:-1]) if part]
+    return minors[0] / minors[1] if len(minors) > 1 and minors[1] != 0 else minors[0]
+
+
 def _pivot(matrix: Tensor, violation: Tensor, required: Tensor, equality: Tensor) -> Tensor:
     """Principal pivoting by least index, all rows at once (Murty 1974): finite on P-matrices, one flag read a pivot."""
     eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
@@ -284,7 +294,7 @@ def _pivot(matrix: Tensor, violation: Tensor, required: Tensor, equality: Tensor
         right = torch.where(active, violation, 0.0)
         solution = torch.linalg.solve(torch.where(both, matrix, eye), right[..., None])[..., 0]
         slack = solution @ matrix.T - violation
-        tolerance = 1e-12 * (1 + right.abs().amax(dim=-1, keepdim=True))
+        tolerance = 1e4 * torch.finfo(matrix.dtype).eps * (1 + right.abs().amax(dim=-1, keepdim=True))
         wrong = (torch.where(active, solution, slack) < -tolerance) & ~equality
         if not bool(wrong.any()):
             return solution

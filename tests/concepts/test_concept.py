@@ -391,13 +391,15 @@ def test_names_default_to_the_concept(concept):
     assert concept.constrain(at_least=0.9, name="low").name == "low"
 
 
-def test_layers_are_resolved_and_ordered(concept):
+def test_layers_are_resolved_in_the_order_given(concept):
     assert concept.add(1.0, layers=-1).layers == (3,)
-    assert concept.erase(layers=[-1, 0]).layers == (0, 3)
-    assert concept.constrain(at_most={-1: 0.1, 0: 0.2}).layers == (0, 3)
+    assert concept.erase(layers=[-1, 0]).layers == (3, 0)
+    assert concept.constrain(at_most={-1: 0.1, 0: 0.2}).layers == (3, 0)
     bounds = concept.constrain(at_most={-1: 0.1, 0: 0.2})
-    assert_close(bounds.read(bounds.amount).values.sigmoid(), torch.tensor([[0.2, 0.1]]).double())
-    assert concept.add({2: 1.0, 0: [1.0, 2.0]}).layers == (0, 2)
+    assert_close(bounds.read(bounds.amount).values.sigmoid(), torch.tensor([[0.1, 0.2]]).double())
+    assert concept.add({2: 1.0, 0: [1.0, 2.0]}).layers == (2, 0)
+    columns = concept.add([[5.0, 7.0]], layers=[3, 0])
+    assert columns.read(columns.amount).values[:, columns.layers.index(3)].tolist() == [5.0]
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
