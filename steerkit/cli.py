@@ -75,6 +75,7 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the page.")] = Path("demo"),
     model: ModelOption = None,
     seed: Annotated[int, typer.Option(help="Of the split and of sampling.")] = 0,
+    as_json: JsonOption = False,
 ) -> None:
     """Fit two concepts, steer one batch row by row, write a page that shows it.
 
@@ -87,7 +88,14 @@ def demo(
     # As many threads as cores fall to a crawl as soon as something else runs; half of them cost little.
     torch.set_num_threads(max(1, torch.get_num_threads() // 2))
     page = run(*_load(model), output, seed=seed)
-    _out.print(f"wrote {page}")
+    if as_json:
+        print(
+            json.dumps(
+                {"page": str(page), "concepts": [str(path) for path in sorted(page.parent.glob("*.safetensors"))]}
+            )
+        )  # noqa: T201
+    else:
+        _out.print(f"wrote {page}", markup=False, soft_wrap=True)
 
 
 @concept_app.command("fit")

@@ -406,63 +406,12 @@ class SiteEdit:
             return None
         logit = torch.stack(torch.broadcast_tensors(*(amounts[i] for i in self.bounds)), dim=-1)
         logit = torch.where(self.problem.equality, 0.0, logit)
-        bound = _one_bound(self.problem, logit) if len(self.bounds) == 1 else _several_bounds(self.problem, logit)
+        bound = self.problem.fixed(logit)
         if bound is None:
             return None
         wide, narrow = self.problem.direction.dtype, like.dtype
         whole = bound if vector is None else lambda hidden: bound(hidden + vector)
         return whole if wide == narrow else lambda hidden: whole(hidden).to(narrow)
-
-
-def _one_bound(problem: EditProblem, logit: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return the closed form of GCAV for these logits, `"batch 1"` or `"1 1"`, in three operations."""
-    wide = problem.direction.dtype
-    gain, sense = problem.scale[0] ** 2, problem.sense[0]
-    rise = (-sense / gain * problem.weight).to(wide)
-    short = (sense / gain * (logit[:, 0] - problem.bias[0])).to(wide)
-    step = (sense * problem.direction[0]).to(wide)
-    exact, shared = bool(problem.equality[0]), len(short) == 1
-    missing = short if shared else short[:, None, None]
-    linear, addcmul = F.linear, torch.addcmul
-
-    def bound(hidden: Tensor) -> Tensor:
-        hidden = hidden.to(wide)
-        length = linear(hidden, rise, missing) if shared else linear(hidden, rise).add_(missing)
-        return addcmul(hidden, length if exact else length.relu_(), step)
-
-    return bound
-
-
-def _several_bounds(problem: EditProblem, logit: Tensor) -> Callable[[Tensor], Tensor] | None:
-    """Return the joint edit for these logits, `"batch concept"`, with everything that is linear in the state folded.
-
-    For each candidate active set, how wrong it would be is a linear map of the violations, as is its solution.
-    """
-    fitting = problem.members[:, problem.equality].all(dim=-1)
-    members, operators = problem.members[fitting], problem.operators[fitting]
-    if len(members) == 0 or any(relation != "opposite" for *_, relation in problem.parallel):
-        return None
-    wide = problem.direction.dtype
-    count = len(problem.scale)
-    towards = problem.sense / problem.scale
-    rise = (-towards[:, None] * problem.weight).to(wide)
-    short = (towards * (logit - problem.bias)).to(wide)[:, None]
-    step = (towards[:, None] * problem.direction).to(wide)
-    eye = torch.eye(count, dtype=operators.dtype, device=operators.device)
-    wrong = torch.where(members[..., None], -operators, eye - problem.matrix @ operators)
-    wrong = torch.where(problem.equality[:, None], 0.0, wrong).reshape(-1, count).T.contiguous()
-    moves = operators.reshape(-1, count).T.contiguous()
-    shape = (len(members), count)
-
-    def bounds(hidden: Tensor) -> Tensor:
-        hidden = hidden.to(wide)
-        violation = (F.linear(hidden, rise) + short).to(operators.dtype)
-        best = (violation @ wrong).unflatten(-1, shape).amax(dim=-1).clamp_(min=0).argmin(dim=-1)
-        moved = (violation @ moves).unflatten(-1, shape)
-        solution = moved.take_along_dim(best[..., None, None], dim=-2)[..., 0, :]
-        return hidden + solution.to(wide) @ step
-
-    return bounds
 
 
 def edit_site(

@@ -17,6 +17,7 @@ solution for every r when all principal minors of M are positive. A sense of 0 i
 """
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -210,6 +211,17 @@ class EditProblem:
             solution = _pivot(self.matrix, violation, required, self.equality)
         return self.sense * solution / self.scale
 
+    def fixed(self, logit: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """Return the edit for these bounds as a few operations on `"batch pos d_model"`, or None if it takes more.
+
+        It returns the edited states in the dtype of the directions, and is `read` and `solve` with everything that does
+        not depend on the states worked out beforehand.
+
+        Args:
+            logit: `"batch concept"`, or `"1 concept"` if all rows share it.
+        """
+        return _one_bound(self, logit) if len(self.scale) == 1 else _several_bounds(self, logit)
+
     def _one_of_parallel(self, violation: Tensor, on: Tensor) -> Tensor:
         """Switch off what another bound on the same line implies: both active, they would be one equation twice."""
         kept = list(on.unbind(dim=-1))
@@ -232,6 +244,57 @@ class EditProblem:
         misfit = ((self.members != required[..., None, :]) & self.equality).any(dim=-1)
         best = torch.where(misfit, torch.inf, wrong).argmin(dim=-1)
         return torch.take_along_dim(solutions, best[..., None, None], dim=-2)[..., 0, :]
+
+
+def _one_bound(problem: EditProblem, logit: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return the closed form of GCAV for these logits, `"batch 1"` or `"1 1"`, in three operations."""
+    wide = problem.direction.dtype
+    gain, sense = problem.scale[0] ** 2, problem.sense[0]
+    rise = (-sense / gain * problem.weight).to(wide)
+    short = (sense / gain * (logit[:, 0] - problem.bias[0])).to(wide)
+    step = (sense * problem.direction[0]).to(wide)
+    exact, shared = bool(problem.equality[0]), len(short) == 1
+    missing = short if shared else short[:, None, None]
+    linear, addcmul = torch.nn.functional.linear, torch.addcmul
+
+    def bound(hidden: Tensor) -> Tensor:
+        hidden = hidden.to(wide)
+        length = linear(hidden, rise, missing) if shared else linear(hidden, rise).add_(missing)
+        return addcmul(hidden, length if exact else length.relu_(), step)
+
+    return bound
+
+
+def _several_bounds(problem: EditProblem, logit: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """Return the joint edit for these logits, `"batch concept"`, with everything that is linear in the state folded.
+
+    For each candidate active set, how wrong it would be is a linear map of the violations, as is its solution.
+    """
+    fitting = problem.members[:, problem.equality].all(dim=-1)
+    members, operators = problem.members[fitting], problem.operators[fitting]
+    if len(members) == 0 or any(relation != "opposite" for *_, relation in problem.parallel):
+        return None
+    wide = problem.direction.dtype
+    count = len(problem.scale)
+    towards = problem.sense / problem.scale
+    rise = (-towards[:, None] * problem.weight).to(wide)
+    short = (towards * (logit - problem.bias)).to(wide)[:, None]
+    step = (towards[:, None] * problem.direction).to(wide)
+    eye = torch.eye(count, dtype=operators.dtype, device=operators.device)
+    wrong = torch.where(members[..., None], -operators, eye - problem.matrix @ operators)
+    wrong = torch.where(problem.equality[:, None], 0.0, wrong).reshape(-1, count).T.contiguous()
+    moves = operators.reshape(-1, count).T.contiguous()
+    shape = (len(members), count)
+
+    def bounds(hidden: Tensor) -> Tensor:
+        hidden = hidden.to(wide)
+        violation = (torch.nn.functional.linear(hidden, rise) + short).to(operators.dtype)
+        best = (violation @ wrong).unflatten(-1, shape).amax(dim=-1).clamp_(min=0).argmin(dim=-1)
+        moved = (violation @ moves).unflatten(-1, shape)
+        solution = moved.take_along_dim(best[..., None, None], dim=-2)[..., 0, :]
+        return hidden + solution.to(wide) @ step
+
+    return bounds
 
 
 def _parallel_pairs(
