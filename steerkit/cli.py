@@ -93,7 +93,7 @@ def demo(
             json.dumps(
                 {"page": str(page), "concepts": [str(path) for path in sorted(page.parent.glob("*.safetensors"))]}
             )
-        )  # noqa: T201
+        )
     else:
         _out.print(f"wrote {page}", markup=False, soft_wrap=True)
 
@@ -234,7 +234,7 @@ def _print_generations(
             {"prompt": prompt, "text": answer, "mean_magnitude": {name: dose[i] for name, dose in doses.items()}}
             for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
         ]
-        print(json.dumps(rows, indent=2, ensure_ascii=False))  # noqa: T201
+        print(json.dumps(rows, indent=2, ensure_ascii=False))
         return
     table = Table("prompt", "continuation", *(f"{name}: mean magnitude" for name in doses), show_lines=True)
     for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
@@ -253,7 +253,7 @@ def _show(concept: "Concept", as_json: bool) -> None:
             "made": dict(concept.made),
             "figures": {layer: vars(figures) for layer, figures in concept.figures.items()},
         }
-        print(json.dumps(summary, indent=2))  # noqa: T201
+        print(json.dumps(summary, indent=2))
         return
     _out.print(repr(concept), markup=False, highlight=False, soft_wrap=True)
     table = Table("layer", "accuracy", "95 %", "AUC", "95 %", "calibration error", "residual norm", "steers")
