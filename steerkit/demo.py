@@ -159,7 +159,7 @@ def run(model: Any, tokenizer: Any, output: str | os.PathLike[str], *, new_token
         runs.append(_generate(model, tokenizer, concepts, shown, title, request, interventions, new_tokens, seed))
         bar.update()
     band: list[Intervention] = [sentiment.constrain(at_least=ladder)]
-    same = [PROMPTS[0]] * len(ladder)
+    same = [PROMPTS[2]] * len(ladder)
     request = f"sentiment.constrain(at_least=tensor({[round(float(p), 3) for p in ladder]}))"
     each = _generate(model, tokenizer, concepts, same, "A different bound for each", request, band, new_tokens, None)
     bar.update()
@@ -300,7 +300,7 @@ def _page(
         "untouched": f"{100 * _untouched(up):.0f}",
         "up_table": _side_by_side(plain, up, PROMPTS),
         "both_table": _side_by_side(plain, both, PROMPTS),
-        "each_prompt": html.escape(PROMPTS[0]),
+        "each_prompt": html.escape(PROMPTS[2]),
         "each_table": _ladder(each, ladder),
         **{name: _image(figure) for name, figure in figures.items()},
     }
