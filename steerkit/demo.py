@@ -83,8 +83,13 @@ def _embedded_model() -> Path:
         whole = Path(folder) / MODEL
         model.to(torch.bfloat16).save_pretrained(whole)
         tokenizer.save_pretrained(whole)
-        shutil.rmtree(target, ignore_errors=True)
-        whole.rename(target)
+        try:
+            whole.rename(target)
+        except OSError:
+            # Another process may have been faster; what is there without a config is the remains of something else.
+            if not (target / "config.json").exists():
+                shutil.rmtree(target, ignore_errors=True)
+                whole.rename(target)
     return target
 
 
