@@ -17,13 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from steerkit.errors import AttachError, SamplesError
-from steerkit.types import STREAMS
+from steerkit.types import STREAMS, Where
 
 _CLOCK = "_steerkit_clock"
 """Where a model keeps its clock while something is attached: with the model, so that it cannot outlive it."""
-
-Where = bool | Tensor
-"""Positions to edit in a forward pass: all, none, or a mask that broadcasts to `"batch pos"`."""
 
 
 class Generation:

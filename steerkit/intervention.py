@@ -20,9 +20,7 @@ from torch import Tensor
 from steerkit.errors import AmountError, DependentConceptsError
 from steerkit.maths.minimal_edit import OFF, EditProblem
 from steerkit.model import Fingerprint
-from steerkit.types import POSITIONS, Amount, Positions
-
-Where = bool | Tensor
+from steerkit.types import POSITIONS, Amount, Positions, Where
 
 
 class Amounts(NamedTuple):

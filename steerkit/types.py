@@ -23,6 +23,9 @@ Positions: TypeAlias = Literal["last", "all", "prompt", "generated"]
 
 POSITIONS: tuple[str, ...] = get_args(Positions)
 
+Where: TypeAlias = bool | Tensor
+"""Positions to edit in a forward pass: all, none, or a mask that broadcasts to `"batch pos"`."""
+
 Direction: TypeAlias = Literal["probe", "pattern", "mean_difference"]
 DIRECTIONS: tuple[str, ...] = get_args(Direction)
 
