@@ -1,4 +1,4 @@
-"""Steer language models through one door: concepts in activation space, with a magnitude for each sample.
+"""Steer language models through one door: concepts in activation space and preference vectors in weight space.
 
     from steerkit import Concept, Controller
 
@@ -21,19 +21,31 @@ if TYPE_CHECKING:
     from steerkit.errors import SteerkitError as SteerkitError
     from steerkit.intervention import Intervention as Intervention
     from steerkit.loading import load as load
+    from steerkit.preferences.vector import PreferenceVector as PreferenceVector
 
 _HOMES = {
     "Activations": "activations",
     "Concept": "concepts.concept",
     "Controller": "controller",
     "Intervention": "intervention",
+    "PreferenceVector": "preferences.vector",
     "Probe": "concepts.probe",
     "SteerkitError": "errors",
     "load": "loading",
     "record": "activations",
 }
 
-__all__ = ["Activations", "Concept", "Controller", "Intervention", "Probe", "SteerkitError", "load", "record"]
+__all__ = [
+    "Activations",
+    "Concept",
+    "Controller",
+    "Intervention",
+    "PreferenceVector",
+    "Probe",
+    "SteerkitError",
+    "load",
+    "record",
+]
 
 
 def __getattr__(name: str) -> Any:

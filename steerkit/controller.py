@@ -10,13 +10,15 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from steerkit.errors import AmountError, AttachError, BaseModelMismatchError, LayerError, NotReachedError, SamplesError
+from steerkit.errors import AmountError, AttachError, NotReachedError, SamplesError
+from steerkit.fold import Fold
 from steerkit.hooks import Clock, Moment
-from steerkit.intervention import Amounts, Intervention
+from steerkit.intervention import Amounts, Intervention, Site, WeightAddition
+from steerkit.maths.lowrank import Delta
 from steerkit.model import Fingerprint, find_decoder, resolve_layers
-from steerkit.sites import Pass, Site, device_of
+from steerkit.sites import BlockHook, Hook, LinearHook, Pass
 from steerkit.types import Amount
 
 
@@ -26,22 +28,27 @@ class Controller:
         with Controller(model, [toxicity.constrain(at_most=0.01)]) as control:
             model.generate(**inputs)
 
-    At a site, additions act in the order of the list, then all constraints and erasures are met together. Controllers
-    nest; the inner one acts after the outer one at each site, so bounds that must hold together belong into one. While
+    At a site, additions act in the order of the list, then all constraints and erasures are met together. Preference
+    vectors act on what linear modules put out, so each row has its own mixture of weights; what no output can stand for
+    (norms, embeddings, experts kept as one tensor) is written into the weights while attached, with a magnitude that all
+    samples share. Controllers nest; the inner one acts after the outer one at each site, so bounds that must hold together belong into one. While
     attached, a model serves one thread at a time.
 
     Args:
         model: a causal language model, plain or PEFT-wrapped, sharded or not.
         interventions: one or several; their names must differ.
         record_magnitudes: keep what each row really received, for `magnitudes`.
+        fold: write preference vectors into the weights while attached, and restore the saved originals bit for bit: no cost
+            a token, one magnitude for all samples, memory for a copy of the weights that change.
         check_model: refuse interventions that were made on another base model.
 
     Raises:
-        UnsupportedModelError: the model's blocks cannot be steered.
+        UnsupportedModelError: the model's blocks cannot be steered, or weights that would be written are offloaded or
+            quantised.
         BaseModelMismatchError: an intervention was made on another model, or for another width.
         LayerError: an intervention acts on a layer that the model does not have.
         DependentConceptsError: bounds at one layer that cannot all be met.
-        AmountError: no interventions, or two of one name.
+        AmountError: no interventions, two of one name, or an amount for each sample where weights would be written.
     """
 
     def __init__(
@@ -50,6 +57,7 @@ class Controller:
         interventions: Intervention | Iterable[Intervention],
         *,
         record_magnitudes: bool = False,
+        fold: bool = False,
         check_model: bool = True,
     ) -> None:
         listed = [interventions] if isinstance(interventions, Intervention) else list(interventions)
@@ -61,10 +69,13 @@ class Controller:
         self.record_magnitudes = record_magnitudes
         self._amounts = {each.name: each.read(each.amount) for each in listed}
         self._pass = Pass(recording=record_magnitudes)
-        self._sites = [
-            Site(self._pass, layer, [each for each in listed if layer in each.layers])
-            for layer in sorted({layer for each in listed for layer in each.layers})
-        ]
+        self._fold = Fold(self._decoder.model, self._decoder.parameters, self._folded(fold))
+        self._sites = self._hooks(fold)
+        self._block_positions = {p.positions for h in self._sites if isinstance(h, BlockHook) for p in h.interventions}
+        self._linear_positions = {
+            p.positions for h in self._sites if isinstance(h, LinearHook) for p in h.interventions
+        }
+        self._refuse_unfoldable(self._amounts)
         self._refuse_contradictions(self._amounts)
         self._stack: ExitStack | None = None
         self._ran = False
@@ -81,25 +92,50 @@ class Controller:
             if each.fingerprint is not None and check_model:
                 here = here or Fingerprint.of(self._given)
                 each.fingerprint.check(here, repr(each.name))
-            if each.d_model != self._decoder.d_model:
-                raise BaseModelMismatchError(
-                    f"{each.name!r} acts on a residual stream of width {each.d_model}, this model's has "
-                    f"{self._decoder.d_model}. Fit it on this model."
-                )
-            depth = self._decoder.depth
-            for layer in each.layers:
-                if layer >= depth:
-                    raise LayerError(
-                        f"Layer {layer} of {each.name!r} does not exist: the model has {depth} decoder blocks "
-                        f"(0..{depth - 1}). Fit it on this model, or choose other layers.",
-                        layer=layer,
-                        depth=depth,
+            each.check(self._decoder)
+
+    def _folded(self, fold: bool) -> dict[str, list[tuple[WeightAddition, Delta]]]:
+        """Return by parameter what is written into it: what no hook reaches, or with `fold` everything."""
+        changes: dict[str, list[tuple[WeightAddition, Delta]]] = {}
+        for each in self.interventions:
+            if isinstance(each, WeightAddition):
+                for name, delta in each.deltas.items():
+                    if fold or name not in self._decoder.reachable:
+                        changes.setdefault(name, []).append((each, delta))
+        if fold and not changes:
+            raise AmountError("`fold=True` writes preference vectors into the weights. Found none. Leave it out.")
+        return changes
+
+    def _hooks(self, fold: bool) -> list[Hook]:
+        """Return one hook a site, each with the interventions that act there in the order of the list."""
+        by_site: dict[Site, list[Intervention]] = {}
+        for each in self.interventions:
+            if not (fold and isinstance(each, WeightAddition)):
+                for site in each.sites(self._decoder):
+                    by_site.setdefault(site, []).append(each)
+        return [
+            BlockHook(self._pass, site, here) if site.module is None else LinearHook(self._pass, site, here)
+            for site, here in by_site.items()
+        ]
+
+    def _refuse_unfoldable(self, amounts: Mapping[str, Amounts]) -> None:
+        for name, changes in self._fold.changes.items():
+            for each, _ in changes:
+                samples, place = amounts[each.name].samples, each.positions
+                if samples is not None or place != "all":
+                    found = f"{samples} of them" if samples is not None else f"positions={place!r}"
+                    raise AmountError(
+                        f"Magnitudes for each sample or for some positions cannot reach {name!r}: its change is written into "
+                        f"the weights. Found {found} for {each.name!r}. Use a scalar magnitude at all positions, "
+                        "fold=False where that is why, or leave it out with vector.only(...)."
                     )
 
     def _refuse_contradictions(self, amounts: Mapping[str, Amounts]) -> None:
-        for site in self._sites:
-            columns = [amounts[each.name].values[:, each.layers.index(site.layer)] for each in site.interventions]
-            site.edit.refuse_contradiction(columns)
+        for hook in self._sites:
+            if isinstance(hook, BlockHook):
+                hook.edit.refuse_contradiction(
+                    [each.column(amounts[each.name].values, hook.site.layer) for each in hook.interventions]
+                )
 
     def attach(self) -> "Controller":
         """Put the hooks on. `with` does this; call it yourself before `torch.compile`.
@@ -125,11 +161,14 @@ class Controller:
             stack.callback(clock.listeners.remove, self._begin)
             clock.on_generate.append(self._check_samples)
             stack.callback(clock.on_generate.remove, self._check_samples)
-            for site in self._sites:
-                block = self._decoder.blocks[site.layer]
-                stack.callback(site.switch_off)
-                stack.callback(block.register_forward_hook(site.hook).remove)
-                site.prepare(device_of(block))
+            if self._fold:
+                stack.callback(self._fold.restore)
+                self._fold.save()
+            for hook in self._sites:
+                module = self._module_of(hook.site)
+                stack.callback(hook.switch_off)
+                stack.callback(module.register_forward_hook(hook).remove)
+                hook.prepare(module)
             self._ran = False
             self._write_amounts()
         except BaseException:
@@ -137,6 +176,12 @@ class Controller:
             raise
         self._stack = stack
         return self
+
+    def _module_of(self, site: Site) -> nn.Module:
+        if site.module is not None:
+            return self._decoder.model.get_submodule(site.module)
+        assert site.layer is not None
+        return self._decoder.blocks[site.layer]
 
     def detach(self) -> None:
         """Take everything off; the model is bit for bit what it was.
@@ -147,14 +192,28 @@ class Controller:
         """
         if self._stack is None:
             raise AttachError("Only an attached Controller can be detached. Found it detached. Use `with` or attach().")
+        self._fold.refuse_covered()
         stack, self._stack = self._stack, None
         stack.close()
         for each in self.interventions:
-            sites = [site for site in self._sites if each.layers and site.layer in each.layers]
-            if not any(site.reached[site.interventions.index(each)] for site in sites):
+            hooks = [hook for hook in self._sites if each in hook.interventions]
+            reached = [hook.reached[hook.interventions.index(each)] for hook in hooks]
+            if hooks and not any(reached):
+                layers = f"layers {min(each.layers)}..{max(each.layers)}" if each.layers else "no layer"
                 raise NotReachedError(
-                    f"{each.name!r} reached no row: {self._why_not(each)} while the Controller was attached at layers "
-                    f"{min(each.layers)}..{max(each.layers)}. Run the model inside `with` (compile it after attach).",
+                    f"{each.name!r} reached no row: {self._why_not(each)} while the Controller was attached at {layers}. "
+                    "Run the model inside `with` (compile it after attach).",
+                    name=each.name,
+                )
+            missed = [
+                hook.site.module
+                for hook, found in zip(hooks, reached, strict=True)
+                if not found and hook.site.module is not None and hook.site.layer is not None
+            ]
+            if missed:
+                raise NotReachedError(
+                    f"{each.name!r} did not reach {missed[0]!r}: the model ran without calling it. Use fold=True, which "
+                    "writes the weights themselves, or leave it out with vector.only(...).",
                     name=each.name,
                 )
 
@@ -194,6 +253,7 @@ class Controller:
                 f"`using` takes amounts by the names {sorted(by_name)}. Found {unknown or 'none'}. Check the spelling."
             )
         new = {**self._amounts, **{name: by_name[name].read(self._keyed(amount)) for name, amount in amounts.items()}}
+        self._refuse_unfoldable(new)
         self._refuse_contradictions(new)
         using = _Using(self, {name: self._amounts[name] for name in amounts})
         self._set(new)
@@ -211,17 +271,20 @@ class Controller:
             self._write_amounts()
 
     def _write_amounts(self) -> None:
-        for site in self._sites:
-            for index, each in enumerate(site.interventions):
+        for hook in self._sites:
+            for index, each in enumerate(hook.interventions):
                 values, samples = self._amounts[each.name]
-                site.write(index, values[:, each.layers.index(site.layer)], samples)
+                hook.write(index, each.column(values, hook.site.layer), samples)
+        if self._fold:
+            self._fold.write(self._amounts)
 
     @property
     def magnitudes(self) -> dict[str, dict[int, Tensor]]:
         """What each row received in the last `generate` or forward pass, `magnitudes[name][layer]`: `"row pos"`.
 
-        Signed, in units of the residual stream along the unit direction; 0 where nothing was edited. Columns are
-        those of the sequence, from the first one that ran. Under beam search, rows are the beams as they stood.
+        Signed, in units of the residual stream along the unit direction, or of a preference vector; 0 where nothing was
+        edited. Columns are those of the sequence, from the first one that ran. Under beam search, rows are the beams as they
+        stood. What is written into the weights has one magnitude for all rows and is not listed.
 
         Raises:
             AttachError: the Controller was made without `record_magnitudes=True`.
@@ -230,10 +293,14 @@ class Controller:
             raise AttachError(
                 "Magnitudes are kept on request. Found record_magnitudes=False. Make it with Controller(..., record_magnitudes=True)."
             )
-        return {
-            each.name: {site.layer: site.recorded(each) for site in self._sites if each in site.interventions}
-            for each in self.interventions
-        }
+        found: dict[str, dict[int, Tensor]] = {each.name: {} for each in self.interventions}
+        for hook in self._sites:
+            layer = hook.site.layer
+            for each in hook.interventions:
+                # All linear modules of a layer receive the same.
+                if layer is not None and layer not in found[each.name]:
+                    found[each.name][layer] = hook.recorded(each)
+        return {name: dict(sorted(by_layer.items())) for name, by_layer in found.items()}
 
     def _begin(self, moment: Moment) -> None:
         """Take note of a forward pass before its first block runs."""
@@ -243,17 +310,19 @@ class Controller:
             self._check_rows_compiled(moment)
             return
         self._check_samples(moment.samples)
-        tail, *others = {moment.tail(each.positions) for each in self.interventions}
-        autocast = torch.is_autocast_enabled(moment.device.type)
-        ordinary = not self.record_magnitudes and not autocast and moment.assigned is None
-        self._pass.plain = ordinary and not others and tail is not None and tail < moment.length
+        ordinary = not self.record_magnitudes and not torch.is_autocast_enabled(moment.device.type)
+        ordinary = ordinary and moment.assigned is None
+        tails = {moment.tail(positions) for positions in self._block_positions}
+        tail = tails.pop() if len(tails) == 1 else None
+        self._pass.plain = ordinary and tail is not None and tail < moment.length
         self._pass.first = tail or 0
+        self._pass.whole = ordinary and all(moment.where(positions) is True for positions in self._linear_positions)
         if self.record_magnitudes:
             new = moment.generation is not self._recorded if moment.generation else moment.start == 0
             if new:
                 self._recorded = moment.generation
-                for site in self._sites:
-                    site.records.clear()
+                for hook in self._sites:
+                    hook.records.clear()
 
     def _check_samples(self, found: int) -> None:
         for name, (_, samples) in self._amounts.items():
@@ -266,9 +335,10 @@ class Controller:
 
     def _check_rows_compiled(self, moment: Moment) -> None:
         """The same check without a Python number that would compile again when amounts change."""
-        for site in self._sites:
-            for samples in site.samples:
-                torch._assert_async((samples == 0) | (samples == moment.samples), "amounts and batch differ in samples")
+        first = {each.name: (hook, i) for hook in reversed(self._sites) for i, each in enumerate(hook.interventions)}
+        for hook, index in first.values():
+            samples = hook.samples[index]
+            torch._assert_async((samples == 0) | (samples == moment.samples), "amounts and batch differ in samples")
 
     def _refuse_compiled(self) -> None:
         decoder = self._decoder

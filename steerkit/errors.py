@@ -9,8 +9,11 @@
     ├── LayerError (IndexError)               a layer that does not exist
     ├── MissingDependencyError (ImportError)  an optional package that is not installed
     ├── NotReachedError (RuntimeError)        a steering request that no row received
+    ├── PairsError (ValueError)               preference pairs that cannot be trained on
+    ├── PolicyError (ValueError)              a policy that no preference vector can be taken from
     ├── SamplesError (ValueError)             amounts for another number of samples than the batch has
     ├── TextsError (ValueError)               texts that cannot be read or fitted
+    ├── TrainingError (RuntimeError)          a training run that broke one of its promises
     └── UnsupportedModelError (TypeError)     a model whose blocks cannot be steered correctly
     SteerkitWarning (UserWarning)             the result is valid and probably not what you want
 
@@ -61,12 +64,24 @@ class NotReachedError(SteerkitError, RuntimeError):
     """No forward pass took an intervention to any position."""
 
 
+class PairsError(SteerkitError, ValueError):
+    """Preference pairs are missing, incomplete, equal on both sides, or too few."""
+
+
+class PolicyError(SteerkitError, ValueError):
+    """A policy's change of the weights cannot be read, is zero, is not finite, or is not of the form asked for."""
+
+
 class SamplesError(SteerkitError, ValueError):
     """Per-sample amounts were given for another number of samples than the forward pass holds."""
 
 
 class TextsError(SteerkitError, ValueError):
     """Texts are missing, too few, of the wrong type, or cannot be tokenised."""
+
+
+class TrainingError(SteerkitError, RuntimeError):
+    """A run did not start from its reference, the twins did not see the same rows, or a folder holds another run."""
 
 
 class UnsupportedModelError(SteerkitError, TypeError):

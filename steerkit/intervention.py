@@ -1,9 +1,10 @@
 """What may be done to a module's output, as pure functions: the one abstraction that a Controller knows.
 
-An `Intervention` says where it acts (layers, positions), with what amount, and what it does there. All interventions
-of one site are applied together by `edit_site`: additions in the order of the list, then every constraint and erasure
-as one problem, so that after the edit each of them holds. Nothing here knows about hooks, which is why the same edit runs
-in a hook, inside a trace and in a test without a model.
+An `Intervention` says where it acts (sites, positions), with what amount, and what it does there. All interventions
+of one site are applied together by `edit_site`. At a decoder block: additions in the order of the list, then every
+constraint and erasure as one problem, so that after the edit each of them holds. At a linear module: all changes of its
+weight as one pair of products. Nothing here knows about hooks, which is why the same edit runs in a hook, inside a trace
+and in a test without a model.
 """
 
 import math
@@ -11,16 +12,28 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any, NamedTuple, final
+from typing import Any, NamedTuple, TypeAlias, final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from steerkit.errors import AmountError, DependentConceptsError
+from steerkit.errors import AmountError, BaseModelMismatchError, DependentConceptsError, LayerError
+from steerkit.maths.lowrank import Delta, Stack, transposed
 from steerkit.maths.minimal_edit import OFF, EditProblem
-from steerkit.model import Fingerprint
+from steerkit.model import Decoder, Fingerprint
 from steerkit.types import POSITIONS, Amount, Positions, Where
+
+
+class Site(NamedTuple):
+    """Where an edit acts: on what a decoder block returns, or on what a linear module returns."""
+
+    layer: int | None
+    """The decoder block; None for a module outside the blocks."""
+    module: str | None = None
+    """Path of a linear module in the base model; None for the block itself."""
+    transposed: bool = False
+    """Whether the module keeps its weight as `"output input"`, as `torch.nn.Linear` does."""
 
 
 class Amounts(NamedTuple):
@@ -103,14 +116,26 @@ class Bound(NamedTuple):
     cap: float | None = None
 
 
+class Change(NamedTuple):
+    """At one linear module: add the amount times `x @ weight + bias`."""
+
+    weight: Delta | None
+    """`"input output"`"""
+    bias: Tensor | None
+    """`"output"`"""
+
+
+Part: TypeAlias = Shift | Bound | Change
+
+
 @dataclass(frozen=True, eq=False)
 class Intervention(ABC):
-    """What to do to the residual stream, where, and how much; made by `Concept.add`, `.erase` and `.constrain`."""
+    """What to do, where, and how much; made by `Concept.add`, `.erase` and `.constrain` and by `PreferenceVector.add`."""
 
     name: str
     """The key for `Controller.using` and `Controller.magnitudes`; unique within a Controller."""
     layers: tuple[int, ...]
-    """Decoder blocks after which it acts, in order."""
+    """Decoder blocks at or in which it acts, in order."""
     positions: Positions
     amount: Amount
     fingerprint: Fingerprint | None = field(repr=False)
@@ -125,11 +150,6 @@ class Intervention(ABC):
 
     @property
     @abstractmethod
-    def d_model(self) -> int:
-        """Width of the residual stream that it acts on."""
-
-    @property
-    @abstractmethod
     def off(self) -> float:
         """The amount, as `read` returns it, that edits nothing."""
 
@@ -138,20 +158,60 @@ class Intervention(ABC):
         """Return an amount in the unit of the edit, checked: a magnitude, or a logit for a bound."""
 
     @abstractmethod
-    def at(self, layer: int) -> Shift | Bound:
-        """Return what it does at one layer."""
+    def check(self, decoder: Decoder) -> None:
+        """Raise unless it fits this model: its depth, its widths, the names that it speaks of."""
+
+    @abstractmethod
+    def sites(self, decoder: Decoder) -> tuple[Site, ...]:
+        """Return where it edits what a module puts out."""
+
+    @abstractmethod
+    def at(self, site: Site) -> Part:
+        """Return what it does at one site."""
+
+    def column(self, values: Tensor, layer: int | None) -> Tensor:
+        """Return the amounts at one layer, `"sample"`, from `Amounts.values`; outside the blocks all layers agree."""
+        return values[:, 0 if layer is None else self.layers.index(layer)]
+
+    def _check_layers(self, decoder: Decoder) -> None:
+        for layer in self.layers:
+            if layer >= decoder.depth:
+                raise LayerError(
+                    f"Layer {layer} of {self.name!r} does not exist: the model has {decoder.depth} decoder blocks "
+                    f"(0..{decoder.depth - 1}). Fit it on this model, or choose other layers.",
+                    layer=layer,
+                    depth=decoder.depth,
+                )
+
+
+@dataclass(frozen=True, eq=False)
+class ResidualIntervention(Intervention):
+    """One that acts on the residual stream after decoder blocks."""
+
+    directions: Mapping[int, Tensor] = field(repr=False)
+    """`"d_model"`, by layer: the unit direction that it moves along."""
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream that it acts on."""
+        return len(self.directions[self.layers[0]])
+
+    def check(self, decoder: Decoder) -> None:
+        if self.d_model != decoder.d_model:
+            raise BaseModelMismatchError(
+                f"{self.name!r} acts on a residual stream of width {self.d_model}, this model's has "
+                f"{decoder.d_model}. Fit it on this model."
+            )
+        self._check_layers(decoder)
+
+    def sites(self, decoder: Decoder) -> tuple[Site, ...]:
+        return tuple(Site(layer) for layer in self.layers)
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class Addition(Intervention):
+class Addition(ResidualIntervention):
     """`h' = h + m u`: a constant step along a unit direction, m in units of the residual stream."""
-
-    directions: Mapping[int, Tensor] = field(repr=False)
-
-    @property
-    def d_model(self) -> int:
-        return len(self.directions[self.layers[0]])
 
     @property
     def off(self) -> float:
@@ -160,20 +220,15 @@ class Addition(Intervention):
     def read(self, amount: Amount) -> Amounts:
         return Amounts.read(amount, self.layers, "magnitude")
 
-    def at(self, layer: int) -> Shift:
-        return Shift(self.directions[layer])
+    def at(self, site: Site) -> Shift:
+        assert site.layer is not None
+        return Shift(self.directions[site.layer])
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class Erasure(Intervention):
+class Erasure(ResidualIntervention):
     """`h' = h - (u . h) u`: the component along a unit direction is removed; the amount is 1 (on) or 0 (off)."""
-
-    directions: Mapping[int, Tensor] = field(repr=False)
-
-    @property
-    def d_model(self) -> int:
-        return len(self.directions[self.layers[0]])
 
     @property
     def off(self) -> float:
@@ -185,14 +240,15 @@ class Erasure(Intervention):
             raise AmountError(f"An erasure is on (1) or off (0). Found {_shown(amounts.values)}. Use `add` for a dose.")
         return amounts
 
-    def at(self, layer: int) -> Bound:
-        direction = self.directions[layer]
+    def at(self, site: Site) -> Bound:
+        assert site.layer is not None
+        direction = self.directions[site.layer]
         return Bound(direction, 0.0, direction, 0)
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class Constraint(Intervention):
+class Constraint(ResidualIntervention):
     """`P(h') <= p` or `P(h') >= p` by the least edit along a direction; rows that hold it already are untouched.
 
     GCAV, arXiv:2501.05764, equations 6 and 7, with any direction u for which w . u > 0.
@@ -202,7 +258,6 @@ class Constraint(Intervention):
     """+1: at least, -1: at most."""
     weights: Mapping[int, Tensor] = field(repr=False)
     biases: Mapping[int, float] = field(repr=False)
-    directions: Mapping[int, Tensor] = field(repr=False)
     max_magnitude: float | None = None
     """Largest edit, as a fraction of the norm of the hidden state; a capped row is out of the promise."""
 
@@ -213,10 +268,6 @@ class Constraint(Intervention):
             raise AmountError(
                 f"`max_magnitude` must be a positive fraction of the residual norm. Found {cap!r}. Try 0.1."
             )
-
-    @property
-    def d_model(self) -> int:
-        return len(self.directions[self.layers[0]])
 
     @property
     def off(self) -> float:
@@ -237,15 +288,74 @@ class Constraint(Intervention):
         logit = torch.logit(probability).clamp(-OFF, OFF)
         return Amounts(logit, amounts.samples)
 
-    def at(self, layer: int) -> Bound:
+    def at(self, site: Site) -> Bound:
+        layer = site.layer
+        assert layer is not None
         return Bound(self.weights[layer], self.biases[layer], self.directions[layer], self.sense, self.max_magnitude)
 
 
+@final
+@dataclass(frozen=True, eq=False)
+class WeightAddition(Intervention):
+    """`W' = W + m dW` for every weight that a preference vector changes, m a magnitude for each sample and layer.
+
+    Preference Vector, arXiv:2504.20106, equation 5. Where a linear module puts out `y = x @ W.T`, the change is added to
+    what it puts out, `y' = y + m (x @ dW.T)`, so that rows of one batch have different weights. What is no linear module's
+    (norms, embeddings, experts kept as one tensor) takes a magnitude that all samples share, written into the weights
+    while a Controller is attached.
+    """
+
+    deltas: Mapping[str, Delta] = field(repr=False)
+    """Changes by parameter name in the base model, each of its parameter's shape."""
+    layer_of: Mapping[str, int | None] = field(repr=False)
+    """The decoder block that each parameter lies in; None outside the blocks."""
+
+    @property
+    def off(self) -> float:
+        return 0.0
+
+    def read(self, amount: Amount) -> Amounts:
+        amounts = Amounts.read(amount, self.layers or (0,), "magnitude")
+        outside = next((name for name, layer in self.layer_of.items() if layer is None), None)
+        if outside is not None and bool((amounts.values != amounts.values[:, :1]).any()):
+            raise AmountError(
+                f"A magnitude for each layer needs every changed parameter in a layer. Found {outside!r} outside the "
+                "decoder blocks. Pass one magnitude a sample, or leave it out: vector.only(layers=vector.layers)."
+            )
+        return amounts
+
+    def check(self, decoder: Decoder) -> None:
+        self._check_layers(decoder)
+        for name, delta in self.deltas.items():
+            shape = decoder.shapes.get(name)
+            if shape is None or shape != delta.shape:
+                found = "no parameter of that name" if shape is None else f"one of shape {tuple(shape)}"
+                raise BaseModelMismatchError(
+                    f"{self.name!r} changes {name!r} of shape {tuple(delta.shape)}. This model has {found}. Use it on the "
+                    "model it was made from."
+                )
+
+    def sites(self, decoder: Decoder) -> tuple[Site, ...]:
+        found: dict[str, Site] = {}
+        for name in self.deltas:
+            path = name.rpartition(".")[0]
+            if name in decoder.reachable:
+                found[path] = Site(self.layer_of[name], path, decoder.reachable[name])
+        return tuple(found.values())
+
+    def at(self, site: Site) -> Change:
+        weight, bias = self.deltas.get(f"{site.module}.weight"), self.deltas.get(f"{site.module}.bias")
+        if weight is not None and site.transposed:
+            weight = transposed(weight)
+        assert bias is None or isinstance(bias, Tensor)
+        return Change(weight, bias)
+
+
 class SiteEdit:
-    """All interventions of one site, prepared: what does not depend on rows or amounts is computed once."""
+    """All interventions after one block, prepared: what does not depend on rows or amounts is computed once."""
 
     def __init__(self, interventions: Sequence[Intervention], layer: int, device: torch.device | None = None) -> None:
-        parts = [intervention.at(layer) for intervention in interventions]
+        parts = [intervention.at(Site(layer)) for intervention in interventions]
         self.names = [intervention.name for intervention in interventions]
         self.layer = layer
         self.shifts = [
@@ -412,6 +522,60 @@ class SiteEdit:
         return whole if wide == narrow else lambda hidden: whole(hidden).to(narrow)
 
 
+class LinearEdit:
+    """All changes of one linear module, prepared for one device and dtype."""
+
+    def __init__(
+        self, interventions: Sequence[Intervention], site: Site, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        changes = [intervention.at(site) for intervention in interventions]
+        assert all(isinstance(change, Change) for change in changes)
+        weighty = [(v, c.weight) for v, c in enumerate(changes) if isinstance(c, Change) and c.weight is not None]
+        biased = [(v, c.bias) for v, c in enumerate(changes) if isinstance(c, Change) and c.bias is not None]
+        self.device, self.dtype = device, dtype
+        self.stack = Stack([delta for _, delta in weighty])
+        self.stack.to(device, dtype)
+        self._weighty = [v for v, _ in weighty]
+        self._biased = [v for v, _ in biased]
+        self._biases = torch.stack([bias for _, bias in biased]).to(device, dtype) if biased else None
+
+    def mixture(self, coefficients: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return `input, output -> output` for coefficients `"group intervention"`; a batch divides into the groups."""
+        coefficients = coefficients.to(self.dtype)
+        product = self.stack.mixture(coefficients[:, self._weighty]) if self._weighty else None
+        bias = None if self._biases is None else (coefficients[:, self._biased] @ self._biases)[:, None]
+
+        def mixed(input: Tensor, output: Tensor) -> Tensor:
+            flat = output.reshape(-1, output.shape[-1])
+            if product is not None:
+                flat = product(input.reshape(-1, input.shape[-1]).to(flat.dtype), flat)
+            if bias is not None:
+                flat = (flat.view(len(bias), -1, flat.shape[-1]) + bias).view(flat.shape)
+            return flat.view(output.shape)
+
+        return mixed
+
+    def edit(
+        self, input: Tensor, output: Tensor, amounts: Sequence[Tensor], where: Sequence[Where]
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Return the edited `"batch pos output"` and each intervention's magnitudes, `"batch pos"` or None."""
+        rows, length = output.shape[:2]
+        magnitudes: list[Tensor | None] = []
+        for amount, here in zip(amounts, where, strict=True):
+            if here is False:
+                magnitudes.append(None)
+                continue
+            magnitude = amount.float()[:, None]
+            magnitudes.append(torch.where(here, magnitude, 0.0) if isinstance(here, Tensor) else magnitude)
+        if all(m is None for m in magnitudes):
+            return output, magnitudes
+        none = torch.zeros(1, 1, device=output.device)
+        each = [(none if m is None else m).expand(rows, length) for m in magnitudes]
+        with torch.autocast(output.device.type, enabled=False):
+            edited = self.mixture(torch.stack(each, dim=-1).view(rows * length, len(each)))(input, output)
+        return edited, magnitudes
+
+
 def edit_site(
     interventions: Sequence[Intervention],
     input: Any,
@@ -421,23 +585,29 @@ def edit_site(
     state: Any = None,
     *,
     layer: int | None = None,
+    site: Site | None = None,
 ) -> tuple[Tensor, Any]:
     """Return a site's output as all its interventions together leave it, and the state for the next forward pass.
 
     Args:
-        interventions: those that act at `layer`, in the order of the Controller's list.
-        input: what the module was given; the kinds that act on the residual stream do not need it.
-        output: `"batch pos d_model"`.
+        interventions: those that act at the site, in the order of the Controller's list.
+        input: what the module was given, `"batch pos input"`; only changes of weights need it.
+        output: `"batch pos output"`, after a block `"batch pos d_model"`.
         amounts: one `"batch"` (or one-entry) tensor an intervention, in the unit of `Intervention.read`.
         where: which positions to edit, `"batch pos"` or True, for all interventions or for each.
         state: what a condition or a schedule carries on; returned as it came for the kinds above.
         layer: the decoder block whose output this is; by default the one layer that all interventions name.
+        site: the linear module whose output this is, for changes of weights.
     """
+    each = [where] * len(interventions) if isinstance(where, bool | Tensor) else list(where)
+    if site is not None and site.module is not None:
+        edit = LinearEdit(interventions, site, output.device, output.dtype)
+        return edit.edit(input, output, amounts, each)[0], state
+    layer = layer if site is None else site.layer
     if layer is None:
         shared = set.intersection(*(set(each.layers) for each in interventions))
         if len(shared) != 1:
             raise AmountError(f"`layer` must be named where interventions share {len(shared)} layers. Pass layer=.")
         [layer] = shared
-    each = [where] * len(interventions) if isinstance(where, bool | Tensor) else list(where)
     edited, _ = SiteEdit(interventions, layer, output.device).edit(output, amounts, each)
     return edited, state

@@ -10,15 +10,17 @@ from steerkit.activations import Activations
 from steerkit.concepts.concept import Concept
 from steerkit.errors import ArtefactError
 from steerkit.model import Fingerprint
+from steerkit.preferences.vector import PreferenceVector
 
 _KINDS: dict[str, Callable[[storage.Stored], Any]] = {
     "activations": Activations.from_stored,
     "concept": Concept.from_stored,
+    "preference_vector": PreferenceVector.from_stored,
 }
 
 
 def load(path: str | os.PathLike[str], model: Any = None, *, check_model: bool = True) -> Any:
-    """Return the artefact in a file: a `Concept` or `Activations`.
+    """Return the artefact in a file: a `Concept`, a `PreferenceVector` or `Activations`.
 
     Args:
         path: a file that `artefact.save(path)` wrote. Nothing in it is executed.

@@ -1,21 +1,24 @@
 """Find the decoder blocks of a causal language model, check them by looking, and know the model again later.
 
 The promise that everything else rests on: block l hands its output, one `"batch pos d_model"` tensor, to block l + 1
-and to nobody else. It is not read from a list of class names. The model is run once on three tokens and watched; a
-model that breaks the promise is refused with what was seen.
+and to nobody else. It is not read from a list of class names. The model is run once on two rows of three tokens and
+watched; a model that breaks the promise is refused with what was seen. The same look tells which linear modules a hook can
+reach row by row.
 """
 
 import hashlib
 import inspect
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import PurePath
-from typing import Any
+from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from steerkit.errors import ArtefactError, BaseModelMismatchError, LayerError, UnsupportedModelError
 from steerkit.types import STREAMS, Layers
@@ -24,9 +27,16 @@ _SAMPLES = 256
 _TOLERANCE = 2.0**-7
 """Relative difference of a sampled weight up to which two models count as one: bfloat16 keeps eight bits."""
 
+_KINDS = ("weight", "bias")
+
+_ROWS, _LENGTH = 2, 3
+"""Of the batch that is watched."""
+
 _CACHES = ("past_key_values", "cache_params")
 
-_found: WeakKeyDictionary[nn.Module, tuple[str, str, int, int]] = WeakKeyDictionary()
+_Found: TypeAlias = tuple[str, str, int, int, Mapping[str, bool]]
+
+_found: WeakKeyDictionary[nn.Module, _Found] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,40 @@ class Decoder:
     """The module whose forward runs through the blocks."""
     blocks: nn.ModuleList
     d_model: int
+    linears: Mapping[str, bool]
+    """Paths of the linear modules that run once in a forward pass and see rows and positions in order; for each, whether
+    it keeps its weight as `"output input"`. A hook on any other module could not tell which row is which sample."""
+
+    @cached_property
+    def parameters(self) -> dict[str, Tensor]:
+        """The base model's own parameters by name, tied ones once; a PEFT wrapper's are not among them."""
+        return dict(base_parameters(self.model))
+
+    @cached_property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Shape of every parameter by name; of a quantised weight, the shape that it stands for."""
+        shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
+        for path, transposed in self.linears.items():
+            weight = self.parameters.get(f"{path}.weight")
+            if weight is None or not weight.is_floating_point():
+                sizes = _linear_sizes(self.model.get_submodule(path))
+                if sizes is not None and f"{path}.weight" not in self.tied:
+                    shapes[f"{path}.weight"] = torch.Size(sizes if transposed else sizes[::-1])
+        return shapes
+
+    @cached_property
+    def tied(self) -> frozenset[str]:
+        """Names of parameters that more than one module holds."""
+        everywhere: dict[int, list[str]] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            everywhere.setdefault(id(parameter), []).append(_base_name(name))
+        return frozenset(name for names in everywhere.values() if len(names) > 1 for name in names)
+
+    @cached_property
+    def reachable(self) -> dict[str, bool]:
+        """Names of weights and biases whose change a hook can add to what their module puts out, as in `linears`."""
+        names = [(f"{path}.{kind}", transposed) for path, transposed in self.linears.items() for kind in _KINDS]
+        return {name: transposed for name, transposed in names if name in self.shapes and name not in self.tied}
 
     @property
     def depth(self) -> int:
@@ -98,16 +142,16 @@ def find_decoder(model: Any) -> Decoder:
         owner = model.get_submodule(known[0])
         blocks = owner.get_submodule(known[1])
         if isinstance(blocks, nn.ModuleList) and len(blocks) == known[2]:
-            return Decoder(model, body, owner, blocks, known[3])
+            return Decoder(model, body, owner, blocks, known[3], known[4])
     path = _blocks_path(model)
     owner_path, _, name = path.rpartition(".")
     owner = model.get_submodule(owner_path)
     blocks = model.get_submodule(path)
     assert isinstance(blocks, nn.ModuleList)
     _check_signature(model, owner)
-    d_model = _watch(model, body, blocks)
-    _found[model] = (owner_path, name, len(blocks), d_model)
-    return Decoder(model, body, owner, blocks, d_model)
+    d_model, linears = _watch(model, body, blocks)
+    _found[model] = (owner_path, name, len(blocks), d_model, linears)
+    return Decoder(model, body, owner, blocks, d_model, linears)
 
 
 def _blocks_path(model: Any) -> str:
@@ -143,8 +187,12 @@ def _check_signature(model: Any, owner: nn.Module) -> None:
             )
 
 
-def _watch(model: Any, body: nn.Module, blocks: nn.ModuleList) -> int:
-    """Run three tokens through the body, check the promise of the module docstring, return the residual width."""
+def _watch(model: Any, body: nn.Module, blocks: nn.ModuleList) -> tuple[int, dict[str, bool]]:
+    """Run two rows of three tokens through the body and check the promise of the module docstring.
+
+    Returns:
+        The residual width, and the linear modules as `Decoder.linears` tells them.
+    """
     seen: list[tuple[int, Tensor | None, Any]] = []
 
     def watch(index: int) -> Any:
@@ -160,16 +208,31 @@ def _watch(model: Any, body: nn.Module, blocks: nn.ModuleList) -> int:
             "This architecture cannot be steered."
         )
 
+    candidates = _linear_candidates(model)
+    calls: dict[str, list[bool]] = {path: [] for path in candidates}
+
+    def count(path: str) -> Any:
+        def hook(module: nn.Module, args: tuple, output: Any) -> None:
+            pair = [args[0] if args else None, output]
+            calls[path].append(
+                all(isinstance(t, Tensor) and t.shape[:-1] in ((_ROWS, _LENGTH), (_ROWS * _LENGTH,)) for t in pair)
+            )
+
+        return hook
+
     handles = [block.register_forward_hook(watch(i), with_kwargs=True) for i, block in enumerate(blocks)]
+    handles += [module.register_forward_hook(count(path)) for path, (module, _) in candidates.items()]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     try:
         embedding = model.get_input_embeddings()
         device = embedding.weight.device if embedding.weight.device.type != "meta" else None
-        tokens = torch.tensor([[1, 0, 1]], device=device)
+        tokens = torch.tensor([[1, 0, 1], [0, 1, 1]], device=device)
         with torch.random.fork_rng(devices), torch.no_grad():
             body(input_ids=tokens, use_cache=False)
     except Exception as error:
-        raise refuse(f"a forward pass over three tokens failed ({type(error).__name__}: {error})") from error
+        raise refuse(
+            f"a forward pass over two rows of three tokens failed ({type(error).__name__}: {error})"
+        ) from error
     finally:
         for handle in handles:
             handle.remove()
@@ -179,7 +242,7 @@ def _watch(model: Any, body: nn.Module, blocks: nn.ModuleList) -> int:
     before: Tensor | None = None
     for index, stream, output in seen:
         after = hidden_states_of(output)
-        if after is None or after.ndim != 3 or after.shape[:2] != (1, 3) or not after.is_floating_point():
+        if after is None or after.ndim != 3 or after.shape[:2] != (_ROWS, _LENGTH) or not after.is_floating_point():
             what = tuple(after.shape) if after is not None else type(output).__name__
             raise refuse(f"block {index} returns {what} instead of a (batch, pos, d_model) tensor")
         if stream is None or stream.shape != after.shape:
@@ -188,7 +251,35 @@ def _watch(model: Any, body: nn.Module, blocks: nn.ModuleList) -> int:
             raise refuse(f"block {index} does not read what block {index - 1} returned")
         before = after
     assert before is not None
-    return before.shape[-1]
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    # The head is not part of the body; it sees the last positions of each row.
+    once = {path for path, found in calls.items() if found == [True]}
+    once |= {path for path, (module, _) in candidates.items() if module is head and not calls[path]}
+    return before.shape[-1], {path: transposed for path, (_, transposed) in candidates.items() if path in once}
+
+
+def _linear_candidates(model: nn.Module) -> dict[str, tuple[nn.Module, bool]]:
+    """Return the outermost modules that stand for one matrix, and whether each keeps it as `"output input"`."""
+    found: dict[str, tuple[nn.Module, bool]] = {}
+    for path, module in model.named_modules():
+        inside = any(path.startswith(f"{outer}.") for outer in _parents(path) if outer in found)
+        if not inside and _linear_sizes(module) is not None:
+            found[path] = (module, not isinstance(getattr(module, "base_layer", module), Conv1D))
+    return found
+
+
+def _parents(path: str) -> list[str]:
+    steps = path.split(".")
+    return [".".join(steps[:count]) for count in range(1, len(steps))]
+
+
+def _linear_sizes(module: nn.Module) -> tuple[int, int] | None:
+    """Return (outputs, inputs) of a module that stands for one matrix; PEFT and quantised ones among them."""
+    module = getattr(module, "base_layer", module)
+    if isinstance(module, Conv1D):
+        return (module.nf, module.nx)
+    sizes = (getattr(module, "out_features", None), getattr(module, "in_features", None))
+    return sizes if all(type(size) is int for size in sizes) else None  # type: ignore[return-value]
 
 
 def hidden_states_of(output: Any) -> Tensor | None:
@@ -247,19 +338,29 @@ class Fingerprint:
     def of(cls, model: Any) -> "Fingerprint":
         """Take the fingerprint of a model, reading through PEFT wrappers to the base weights."""
         decoder = find_decoder(model)
-        named = sorted(_base_parameters(decoder.model), key=lambda pair: pair[0])
-        text = "\n".join(f"{name} {tuple(parameter.shape)}" for name, parameter in named)
+        named = sorted(decoder.parameters.items())
         generator = torch.Generator().manual_seed(0)
         picks = torch.randint(len(named), (_SAMPLES,), generator=generator).tolist()
         places = torch.rand(_SAMPLES, generator=generator, dtype=torch.float64).tolist()
         values = [_entry(named[pick][1].detach(), place) for pick, place in zip(picks, places, strict=True)]
         return cls(
-            digest=hashlib.sha256(text.encode()).hexdigest()[:16],
+            digest=_digest({name: parameter.shape for name, parameter in named}),
             name=decoder.name,
             depth=decoder.depth,
             d_model=decoder.d_model,
             values=torch.tensor(values, dtype=torch.float32),
         )
+
+    @classmethod
+    def of_shapes(cls, shapes: Mapping[str, torch.Size], config: Any, name: str) -> "Fingerprint":
+        """Take what can be known of the base from trained weights: names and shapes, and no values."""
+        config = config.get_text_config(decoder=True)
+        values = torch.full((_SAMPLES,), float("nan"))
+        return cls(_digest(shapes), name, int(config.num_hidden_layers), int(config.hidden_size), values)
+
+    def without_values(self) -> "Fingerprint":
+        """Return what is left if only names and shapes count."""
+        return replace(self, values=torch.full_like(self.values, float("nan")))
 
     def header(self) -> dict[str, Any]:
         """Return what a file's header says of the base model; the sampled weights go beside its tensors."""
@@ -300,8 +401,13 @@ class Fingerprint:
             )
 
 
-def _base_parameters(model: Any) -> list[tuple[str, Tensor]]:
-    """Return the parameters that the base model has by itself, by the names that they have there.
+def _digest(shapes: Mapping[str, torch.Size]) -> str:
+    text = "\n".join(f"{name} {tuple(shape)}" for name, shape in sorted(shapes.items()))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def base_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters that the base model has by itself, by the names that they have there.
 
     PEFT keeps an adapted layer as `base_layer` and a copied module's original as `original_module`, and puts what it
     adds beside them.
@@ -311,13 +417,33 @@ def _base_parameters(model: Any) -> list[tuple[str, Tensor]]:
         for name, _ in model.named_modules()
         if name.endswith((".base_layer", ".original_module"))
     }
-    kept = []
     for name, parameter in model.named_parameters():
         owner = next((place for place in adapted if name.startswith(place + ".")), None)
         rest = "" if owner is None else name[len(owner) + 1 :]
         if owner is None or rest.startswith(("base_layer.", "original_module.")):
-            kept.append((re.sub(r"\.(base_layer|original_module)(?=\.)", "", name), parameter))
-    return kept
+            yield _base_name(name), parameter
+
+
+def _base_name(name: str) -> str:
+    return re.sub(r"\.(base_layer|original_module)(?=\.)", "", name)
+
+
+def refuse_unwritable(name: str, parameter: Tensor) -> None:
+    """Raise unless a parameter holds numbers, here and now, that can be added to.
+
+    Raises:
+        UnsupportedModelError: the parameter is offloaded or quantised.
+    """
+    if parameter.device.type == "meta":
+        raise UnsupportedModelError(
+            f"Weights that are written must be in memory. Found {name!r} offloaded. Load the model without offloading, use "
+            "the vector by hooks, or merge the checkpoint on disk."
+        )
+    if not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
+        raise UnsupportedModelError(
+            f"Weights that are written must be floating-point numbers. Found {name!r} quantised ({parameter.dtype}): a sum "
+            "would have to be quantised anew. Use the vector by hooks, or merge into the unquantised model."
+        )
 
 
 def _entry(parameter: Tensor, place: float) -> float:

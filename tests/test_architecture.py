@@ -13,7 +13,7 @@ ROWS = [
     ["errors", "types", "maths"],
     ["model", "hooks", "storage"],
     ["intervention", "conditions", "activations"],
-    ["sites", "concepts", "preferences", "gapo.gradients"],
+    ["sites", "fold", "concepts", "preferences", "gapo.gradients"],
     ["controller", "evaluation", "loading", "gapo.trainer"],
     ["plots", "demo", "cli", "integrations"],
 ]
@@ -93,7 +93,8 @@ def test_nothing_executes_what_it_reads() -> None:
     for path in FILES:
         text = path.read_text("utf-8")
         for banned in ("torch.load(", "pickle", "trust_remote_code=True", "eval(", "exec("):
-            allowed = banned == "pickle" and path.name == "storage.py"  # its error message names what it refuses
+            # Error messages name what they refuse.
+            allowed = banned == "pickle" and path.name in ("storage.py", "sources.py", "vector.py")
             assert banned not in text.replace(".eval()", "") or allowed, f"{path.name} uses {banned}"
 
 

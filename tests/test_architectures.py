@@ -326,7 +326,7 @@ def test_xlnet_is_refused_for_its_shape() -> None:
     import transformers
 
     config = transformers.XLNetConfig(vocab_size=VOCABULARY, d_model=D_MODEL, n_layer=DEPTH, n_head=4, d_inner=48)
-    with pytest.raises(UnsupportedModelError, match=r"block 0 returns \(3, 1, 32\)"):
+    with pytest.raises(UnsupportedModelError, match=r"block 0 returns \(3, 2, 32\)"):
         Controller(transformers.XLNetLMHeadModel(config), random_addition((1,)))
 
 

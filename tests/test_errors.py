@@ -27,8 +27,11 @@ BUILTINS = {
     "LayerError": IndexError,
     "MissingDependencyError": ImportError,
     "NotReachedError": RuntimeError,
+    "PairsError": ValueError,
+    "PolicyError": ValueError,
     "SamplesError": ValueError,
     "TextsError": ValueError,
+    "TrainingError": RuntimeError,
     "UnsupportedModelError": TypeError,
 }
 

@@ -1,0 +1,102 @@
+"""Changes written into the weights themselves while a Controller is attached, and taken out again bit for bit.
+
+Adding and then subtracting does not give a rounded weight back, so the originals are kept: all of them are saved before
+the first is written, and a checksum of each is compared once it is restored.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steerkit.errors import AttachError
+from steerkit.intervention import Amounts, WeightAddition
+from steerkit.maths.lowrank import Delta, add_to
+from steerkit.model import refuse_unwritable
+
+_FOLDS = "_steerkit_folds"
+"""Where a model keeps who has written into its weights, in order."""
+
+
+class Fold:
+    """The weights of one model that one Controller changes in place."""
+
+    def __init__(
+        self,
+        model: Any,
+        parameters: Mapping[str, Tensor],
+        changes: Mapping[str, Sequence[tuple[WeightAddition, Delta]]],
+    ) -> None:
+        self._model = model
+        self._parameters = {name: parameters[name] for name in changes}
+        self.changes = changes
+        """By parameter: what changes it, and by how much for a magnitude of 1."""
+        self._saved: dict[str, Tensor] = {}
+        self._sums: dict[str, int] = {}
+        for name, parameter in self._parameters.items():
+            refuse_unwritable(name, parameter)
+
+    def __bool__(self) -> bool:
+        return bool(self.changes)
+
+    def save(self) -> None:
+        """Keep every original."""
+        self._model.__dict__.setdefault(_FOLDS, []).append(self)
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                self._sums[name] = checksum(parameter)
+                self._saved[name] = parameter.detach().clone()
+
+    def write(self, amounts: Mapping[str, Amounts]) -> None:
+        """Write the weights for these magnitudes, by the name of what changes them.
+
+        Raises:
+            AttachError: another Controller has written over them since.
+        """
+        self.refuse_covered()
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                changes = [
+                    (float(each.column(amounts[each.name].values, each.layer_of[name])[0]), delta)
+                    for each, delta in self.changes[name]
+                ]
+                add_to(self._saved[name], changes, parameter.data)
+
+    def restore(self) -> None:
+        """Put the originals back and prove it."""
+        folds = self._model.__dict__[_FOLDS]
+        changed = []
+        with torch.no_grad():
+            for name, original in self._saved.items():
+                self._parameters[name].data.copy_(original)
+                if checksum(self._parameters[name]) != self._sums[name]:
+                    changed.append(name)
+        self._saved.clear()
+        folds.remove(self)
+        if not folds:
+            self._model.__dict__.pop(_FOLDS)
+        if changed:
+            raise AttachError(
+                f"Restored weights must equal the originals. Found that {changed[0]!r} does not: something else wrote into "
+                "it, or memory is damaged. Load the model again."
+            )
+
+    def refuse_covered(self) -> None:
+        """Raise if a Controller that was attached later still has its changes in these weights."""
+        folds = self._model.__dict__.get(_FOLDS, [])
+        later = folds[folds.index(self) + 1 :] if self in folds else []
+        if any(set(self._parameters) & set(other._parameters) for other in later):
+            raise AttachError(
+                "Weights that an inner Controller has written may not be changed beneath it. Found an outer one that "
+                "wants to. Detach the inner Controller first."
+            )
+
+
+def checksum(tensor: Tensor) -> int:
+    """Return the sum of a tensor's bits as integers: the same for the same values, at the speed of memory."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize]
+    flat = tensor.detach().contiguous().view(-1)
+    if flat.numel() * flat.dtype.itemsize % 8 == 0 and flat.data_ptr() % 8 == 0:
+        bits = torch.int64
+    return int(flat.view(bits).sum(dtype=torch.int64))

@@ -1,0 +1,1 @@
+"""Preference vectors: pairs, the two policies trained on them, their difference and what can be done with it."""
