@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from steerkit.errors import SteerkitError as SteerkitError
     from steerkit.intervention import Intervention as Intervention
     from steerkit.loading import load as load
+    from steerkit.preferences.policy import PolicyConfig as PolicyConfig
+    from steerkit.preferences.policy import train_policy as train_policy
     from steerkit.preferences.vector import PreferenceVector as PreferenceVector
 
 _HOMES = {
@@ -28,11 +30,13 @@ _HOMES = {
     "Concept": "concepts.concept",
     "Controller": "controller",
     "Intervention": "intervention",
+    "PolicyConfig": "preferences.policy",
     "PreferenceVector": "preferences.vector",
     "Probe": "concepts.probe",
     "SteerkitError": "errors",
     "load": "loading",
     "record": "activations",
+    "train_policy": "preferences.policy",
 }
 
 __all__ = [
@@ -40,11 +44,13 @@ __all__ = [
     "Concept",
     "Controller",
     "Intervention",
+    "PolicyConfig",
     "PreferenceVector",
     "Probe",
     "SteerkitError",
     "load",
     "record",
+    "train_policy",
 ]
 
 

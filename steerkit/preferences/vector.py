@@ -10,14 +10,14 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from steerkit import storage
 from steerkit.activations import stored_fingerprint
-from steerkit.errors import ArtefactError, AttachError, BaseModelMismatchError, LayerError, PolicyError
+from steerkit.errors import ArtefactError, AttachError, BaseModelMismatchError, LayerError, PolicyError, TrainingError
 from steerkit.intervention import WeightAddition
 from steerkit.maths.lowrank import (
     Delta,
@@ -34,8 +34,12 @@ from steerkit.maths.lowrank import (
     interference as subspace_interference,
 )
 from steerkit.model import Fingerprint, find_decoder, refuse_unwritable, resolve_layers, unwrap
+from steerkit.preferences.pairs import Pairs, digest, read_pairs
 from steerkit.preferences.sources import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Source, check_one_base, read_source
 from steerkit.types import Amount, Layers, Positions
+
+if TYPE_CHECKING:
+    from steerkit.preferences.policy import PolicyConfig
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +64,73 @@ class PreferenceVector:
     """How it was made: policies, data, settings, held-out figures."""
     transposed: frozenset[str] = field(repr=False, default=frozenset())
     """Weights that their modules keep as `"input output"`, as GPT-2 does."""
+
+    @classmethod
+    def fit(
+        cls,
+        name: str,
+        model: Any,
+        tokenizer: Any,
+        pairs: Pairs,
+        *,
+        config: "PolicyConfig | None" = None,
+        output_dir: str | os.PathLike[str] | None = None,
+    ) -> "PreferenceVector":
+        """Train both twins by DPO and return their difference (equations 3 and 4 of the paper).
+
+        The twins share base weights, seed, initial adapter, order of rows and the reference's log-probabilities, computed
+        once; their first losses are log 2 and their changes point away from each other, or this raises. `made` holds
+        the held-out figures of both, and the cosine between them (the paper's Table 5: -.47 to -.71).
+
+        Args:
+            name: the key for `Controller.using`.
+            model: the base model; not changed.
+            tokenizer: its tokenizer; not changed.
+            pairs: `prompt`, `chosen`, `rejected`, as `train_policy` takes them.
+            config: TRL's arguments with defaults for twins.
+            output_dir: a folder for both runs (`towards`, `away`); the same call after a kill goes on where it was.
+
+        Raises:
+            PairsError: missing or empty columns, equal answers, nothing to train on.
+            TrainingError: a run did not start at its reference, the twins saw other rows, or do not part.
+            UnsupportedModelError: a PEFT-wrapped model, or weights that cannot be trained.
+        """
+        from steerkit.preferences.policy import References, check_twins, train_policy
+
+        rows = read_pairs(pairs)
+        folder = None if output_dir is None else Path(output_dir)
+        references = References()
+        towards, away = (
+            train_policy(
+                model,
+                tokenizer,
+                rows,
+                config=config,
+                output_dir=None if folder is None else folder / side,
+                reverse=reverse,
+                references=references,
+            )
+            for side, reverse in (("towards", False), ("away", True))
+        )
+        check_twins(towards, away)
+        sides = [cls.difference(policy, model, name=name, model=model) for policy in (towards, away)]
+        between = sides[0].cosine(sides[1])
+        if not between < 0:
+            raise TrainingError(
+                f"Twins must part: the cosine between their changes must be negative. Found {between:.3f}. The labels were "
+                "not exchanged, or training did not move.",
+                cosine=between,
+            )
+        made = {
+            "pairs": len(rows),
+            "digest": digest(rows),
+            "settings": dict(towards.settings),
+            "cosine_of_twins": between,
+            "norms_of_twins": [side.norm() for side in sides],
+            "towards_figures": dict(towards.figures),
+            "away_figures": dict(away.figures),
+        }
+        return cls.difference(towards, away, name=name, model=model, made=made)
 
     @classmethod
     def difference(
@@ -95,6 +166,8 @@ class PreferenceVector:
                 "vector would be zero. Train twins on pairs and on swapped pairs."
             )
         known = first.fingerprint or second.fingerprint
+        if known is not None and first.changes is None and second.changes is None:
+            known = known.without_values()  # these are weights after training
         swapped = first.swapped | second.swapped
         if model is not None:
             base = read_source(unwrap(model))
