@@ -16,6 +16,7 @@ from steerkit.errors import ArtefactError, SteerkitError, TextsError, Unsupporte
 if TYPE_CHECKING:
     from steerkit.concepts.concept import Concept
     from steerkit.intervention import Intervention
+    from steerkit.preferences.vector import PreferenceVector
 
 app = typer.Typer(
     name="steerkit",
@@ -26,6 +27,8 @@ app = typer.Typer(
 )
 concept_app = typer.Typer(help="Fit and inspect concepts.", no_args_is_help=True)
 app.add_typer(concept_app, name="concept")
+vector_app = typer.Typer(help="Train, mix, merge, export and inspect preference vectors.", no_args_is_help=True)
+app.add_typer(vector_app, name="vector")
 
 _out = Console()
 _err = Console(stderr=True)
@@ -155,13 +158,157 @@ def concept_inspect(
     _show(_concept(_path_of(str(path)), None), as_json)
 
 
+@vector_app.command("train")
+@_command
+def vector_train(
+    name: Annotated[str, typer.Argument(help="What to call the preference.")],
+    pairs: Annotated[Path, typer.Argument(help=".jsonl or .parquet with `prompt`, `chosen` and `rejected`.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="File; by default NAME.safetensors.")] = None,
+    runs: Annotated[
+        Path | None, typer.Option(help="Folder for both runs; the same command after a stop goes on from there.")
+    ] = None,
+    model: ModelOption = None,
+    steps: Annotated[int, typer.Option(help="Optimiser steps of each twin; by default two epochs.")] = -1,
+    learning_rate: Annotated[float | None, typer.Option(help="By default 2e-4, and 1e-6 for full weights.")] = None,
+    beta: Annotated[float, typer.Option(help="Of DPO.")] = 0.1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pairs a step.")] = 4,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens of prompt and answer.")] = 512,
+    rank: Annotated[int, typer.Option(min=1, help="Of the adapters.")] = 16,
+    full: Annotated[bool, typer.Option(help="Train all weights, not LoRA.")] = False,
+    chat: Annotated[
+        bool | None, typer.Option(help="Put plain prompts through the chat template; by default if there is one.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the adapters, the split and the order.")] = 42,
+    as_json: JsonOption = False,
+) -> None:
+    """Train twins on pairs and on swapped pairs, and save their difference.
+
+    Example: `steerkit vector train helpful pairs.jsonl --steps 40`
+    """
+    from steerkit.preferences.pairs import read_pairs
+    from steerkit.preferences.policy import PolicyConfig
+    from steerkit.preferences.vector import PreferenceVector
+
+    target = output or Path(f"{name}.safetensors")
+    if target.is_dir() or not target.parent.is_dir():
+        raise ArtefactError(f"A file in an existing folder is required. Found {target}. Pass --output FILE.")
+    rows: list[Any] = read_pairs(pairs)
+    loaded, tokenizer = _load(model)
+    if chat or (chat is None and tokenizer.chat_template is not None):
+        rows = [
+            {**row, "prompt": [{"role": "user", "content": row["prompt"]}]} if isinstance(row["prompt"], str) else row
+            for row in rows
+        ]
+    config = PolicyConfig(
+        max_steps=steps,
+        learning_rate=learning_rate,
+        beta=beta,
+        per_device_train_batch_size=batch_size,
+        max_length=max_length,
+        lora_r=rank,
+        lora_alpha=2 * rank,
+        use_peft=not full,
+        seed=seed,
+        bf16=False,
+        save_steps=20,
+        save_total_limit=1,
+    )
+    vector = PreferenceVector.fit(name, loaded, tokenizer, rows, config=config, output_dir=runs)
+    vector.save(target)
+    _show_vectors([vector], as_json)
+    if not as_json:
+        _out.print(f"wrote {target}", markup=False, soft_wrap=True)
+
+
+@vector_app.command("mix")
+@_command
+def vector_mix(
+    terms: Annotated[list[str], typer.Argument(help="NAME=M, as many as you like; M may be negative.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File for the mixture.")],
+    name: Annotated[str, typer.Option(help="What to call it.")] = "mixed",
+    energy: Annotated[float | None, typer.Option(help="Compress, keeping this share of the squared norm.")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Compress to this rank.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Mix vectors into one file.
+
+    Example: `steerkit vector mix helpful=0.7 harmless=0.3 -o mixed.safetensors`
+    """
+    mixed = sum(_vector(path) * magnitude for path, magnitude in _terms("mix", terms)).named(name)  # type: ignore[union-attr]
+    if energy is not None or rank is not None:
+        mixed = mixed.compress(rank=rank, energy=energy)
+    mixed.save(output)
+    _show_vectors([mixed], as_json)
+    if not as_json:
+        _out.print(f"wrote {output}", markup=False, soft_wrap=True)
+
+
+@vector_app.command("merge")
+@_command
+def vector_merge(
+    base: Annotated[Path, typer.Argument(help="A checkpoint folder with safetensors weights.")],
+    add: Annotated[list[str], typer.Option(help="NAME=M: a vector and its magnitude. Repeatable.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the merged checkpoint; new or empty.")],
+    check_model: Annotated[bool, typer.Option(help="Refuse vectors that were made on another base model.")] = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Merge vectors into a checkpoint on disk, tensor by tensor, in little memory.
+
+    Example: `steerkit vector merge models/base --add helpful=0.7 --add harmless.safetensors=0.3 -o models/steered`
+    """
+    from steerkit.preferences.checkpoints import merge_checkpoint
+
+    vectors = [(_vector(path), magnitude) for path, magnitude in _terms("add", add)]
+    with _err.status("merging"):
+        merge_checkpoint(base, vectors, output, check_model=check_model)
+    if as_json:
+        print(json.dumps({"output": str(output), "vectors": {v.name: m for v, m in vectors}}))
+    else:
+        _out.print(f"wrote {output}", markup=False, soft_wrap=True)
+
+
+@vector_app.command("export")
+@_command
+def vector_export(
+    vector: Annotated[str, typer.Argument(help="A vector's file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the adapter; new or empty.")],
+    magnitude: Annotated[float, typer.Option(help="Fixed in the adapter.")] = 1.0,
+    rank: Annotated[int | None, typer.Option(min=1, help="Largest rank; a server's limit, for example.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a PEFT LoRA folder that transformers, PEFT and vLLM load.
+
+    Example: `steerkit vector export helpful -o adapters/helpful --magnitude 0.7 --rank 16`
+    """
+    error = _vector(_path_of(vector)).to_adapter(output, magnitude, rank=rank)
+    if as_json:
+        print(json.dumps({"output": str(output), "relative_error": error}))
+    else:
+        _out.print(f"wrote {output}; relative error {error:.3g}", markup=False, soft_wrap=True)
+
+
+@vector_app.command("inspect")
+@_command
+def vector_inspect(
+    vectors: Annotated[list[str], typer.Argument(help="One or several vectors' files.")], as_json: JsonOption = False
+) -> None:
+    """Show what vectors' files hold; of several, also how they lie to each other.
+
+    Example: `steerkit vector inspect helpful harmless`
+    """
+    _show_vectors([_vector(_path_of(name)) for name in vectors], as_json)
+
+
 @app.command()
 @_command
 def generate(
     prompts: Annotated[list[str], typer.Argument(help="One or several prompts; they run as one batch.")],
     at_most: Annotated[list[str] | None, typer.Option(help="NAME=P: P(concept) at most P. Repeatable.")] = None,
     at_least: Annotated[list[str] | None, typer.Option(help="NAME=P: P(concept) at least P. Repeatable.")] = None,
-    add: Annotated[list[str] | None, typer.Option(help="NAME=M: add M along the concept. Repeatable.")] = None,
+    add: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=M: add M along the concept, or M of the preference vector. Repeatable."),
+    ] = None,
     erase: Annotated[list[str] | None, typer.Option(help="NAME: erase the concept. Repeatable.")] = None,
     direction: Annotated[
         str | None, typer.Option(help="probe, pattern or mean_difference; as saved by default.")
@@ -173,7 +320,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Generate from several prompts in one batch, steered by concepts.
+    """Generate from several prompts in one batch, steered by concepts and preference vectors.
 
     NAME is a file, or the name of NAME.safetensors in this folder. A list gives each prompt its own amount; at-most 1 and
     at-least 0 are off. A band is one of each on the same concept. Layers are those that the concept's file names. The mean
@@ -193,7 +340,7 @@ def generate(
         *(_request("add", text) for text in add or []),
         *((("erase", name, None)) for name in erase or []),
     ]
-    files = {name: _concept(_path_of(name), direction) for _, name, _ in requests}
+    files = {name: _artefact(_path_of(name), direction) for _, name, _ in requests}
     loaded, tokenizer = _load(model)
     interventions: list[Intervention] = []
     for kind, name, amount in requests:
@@ -271,6 +418,65 @@ def _show(concept: "Concept", as_json: bool) -> None:
     _out.print(table)
 
 
+def _terms(option: str, texts: Sequence[str]) -> list[tuple[Path, float]]:
+    """Read NAME=M for several vectors, one magnitude each."""
+    requests = [_request(option, text) for text in texts]
+    for _, name, amount in requests:
+        if isinstance(amount, list):
+            raise TextsError(f"A vector takes one magnitude here. Found {len(amount)} for {name!r}. Write {name}=0.7.")
+    return [(_path_of(name), amount) for _, name, amount in requests]
+
+
+def _show_vectors(vectors: "Sequence[PreferenceVector]", as_json: bool) -> None:
+    from steerkit.preferences.vector import cosines, interference
+
+    between = cosines(vectors).tolist() if len(vectors) > 1 else []
+    score = interference(vectors) if len(vectors) > 1 else None
+    if as_json:
+        found: dict[str, Any] = {
+            "vectors": [
+                {
+                    "name": each.name,
+                    "model": None if each.fingerprint is None else each.fingerprint.name,
+                    "parameters": len(each.deltas),
+                    "layers": each.layers,
+                    "rank": each.rank,
+                    "norm": each.norm(),
+                    "kept_energy": each.kept_energy,
+                    "made": dict(each.made),
+                }
+                for each in vectors
+            ],
+            "cosines": between,
+            "interference": score,
+        }
+        print(json.dumps(found, indent=2))
+        return
+    table = Table(
+        "vector", "model", "parameters", "layers", "rank", "norm", "energy kept", "twins' cosine", "held-out", "length"
+    )
+    for each in vectors:
+        figures = each.made.get("towards_figures", {})
+        table.add_row(
+            each.name,
+            "unknown" if each.fingerprint is None else each.fingerprint.name,
+            str(len(each.deltas)),
+            f"{each.layers[0]} to {each.layers[-1]}" if each.layers else "none",
+            str(each.rank),
+            f"{each.norm():.4g}",
+            f"{each.kept_energy:.4f}",
+            *(f"{v:.2f}" if isinstance(v, float) else "" for v in (each.made.get("cosine_of_twins"),)),
+            *(f"{figures[key]:.2f}" if key in figures else "" for key in ("accuracy", "length_only")),
+        )
+    _out.print(table)
+    if score is not None:
+        matrix = Table("cosine", *(each.name for each in vectors))
+        for each, row in zip(vectors, between, strict=True):
+            matrix.add_row(each.name, *(f"{value:.3f}" for value in row))
+        _out.print(matrix)
+        _out.print(f"subspace interference {score:.4g}")
+
+
 def _texts(path: Path) -> list[Any]:
     """Read texts: one a line, or JSON lines with `text` or `messages`."""
     try:
@@ -335,13 +541,41 @@ def _concept(path: Path, direction: str | None) -> "Concept":
     return found if direction is None else found.along(direction)  # type: ignore[arg-type]
 
 
-def _intervention(concept: "Concept", kind: str, amount: Any, taken: set[str]) -> "Intervention":
+def _artefact(path: Path, direction: str | None) -> "Concept | PreferenceVector":
+    from steerkit.loading import load
+    from steerkit.preferences.vector import PreferenceVector
+
+    found = load(path)
+    return found if isinstance(found, PreferenceVector) else _concept(path, direction)
+
+
+def _vector(path: Path, model: Any = None) -> "PreferenceVector":
+    from steerkit.loading import load
+    from steerkit.preferences.vector import PreferenceVector
+
+    found = load(path, model)
+    if not isinstance(found, PreferenceVector):
+        raise ArtefactError(
+            f"{path} must hold a preference vector. Found {type(found).__name__}. Use `steerkit vector train`."
+        )
+    return found
+
+
+def _intervention(source: "Concept | PreferenceVector", kind: str, amount: Any, taken: set[str]) -> "Intervention":
+    from steerkit.concepts.concept import Concept
+
     # Two requests may name one concept (a band); keys within a Controller must differ.
-    name = concept.name
+    name = source.name
     while name in taken:
         name = f"{name}_{kind}"
     if kind == "add":
-        return concept.add(amount, name=name)
+        return source.add(amount, name=name)
+    if not isinstance(source, Concept):
+        option = kind.replace("_", "-")
+        raise ArtefactError(
+            f"`--{option}` takes a concept. Found the preference vector {source.name!r}. Use --add {source.name}=1."
+        )
+    concept = source
     if kind == "erase":
         return concept.erase(name=name)
     bound = {kind: amount}

@@ -9,7 +9,7 @@ reach row by row.
 import hashlib
 import inspect
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import PurePath
@@ -338,25 +338,23 @@ class Fingerprint:
     def of(cls, model: Any) -> "Fingerprint":
         """Take the fingerprint of a model, reading through PEFT wrappers to the base weights."""
         decoder = find_decoder(model)
-        named = sorted(decoder.parameters.items())
-        generator = torch.Generator().manual_seed(0)
-        picks = torch.randint(len(named), (_SAMPLES,), generator=generator).tolist()
-        places = torch.rand(_SAMPLES, generator=generator, dtype=torch.float64).tolist()
-        values = [_entry(named[pick][1].detach(), place) for pick, place in zip(picks, places, strict=True)]
-        return cls(
-            digest=_digest({name: parameter.shape for name, parameter in named}),
-            name=decoder.name,
-            depth=decoder.depth,
-            d_model=decoder.d_model,
-            values=torch.tensor(values, dtype=torch.float32),
+        parameters = decoder.parameters
+        shapes = {name: parameter.shape for name, parameter in parameters.items()}
+        return cls.of_weights(
+            shapes, lambda name: parameters[name].detach(), decoder.name, decoder.depth, decoder.d_model
         )
 
     @classmethod
-    def of_shapes(cls, shapes: Mapping[str, torch.Size], config: Any, name: str) -> "Fingerprint":
-        """Take what can be known of the base from trained weights: names and shapes, and no values."""
-        config = config.get_text_config(decoder=True)
-        values = torch.full((_SAMPLES,), float("nan"))
-        return cls(_digest(shapes), name, int(config.num_hidden_layers), int(config.hidden_size), values)
+    def of_weights(
+        cls, shapes: Mapping[str, torch.Size], get: Callable[[str], Tensor], name: str, depth: int, d_model: int
+    ) -> "Fingerprint":
+        """Take the fingerprint of weights wherever they are; `get` is called for 256 of them."""
+        names = sorted(shapes)
+        generator = torch.Generator().manual_seed(0)
+        picks = torch.randint(len(names), (_SAMPLES,), generator=generator).tolist()
+        places = torch.rand(_SAMPLES, generator=generator, dtype=torch.float64).tolist()
+        values = [_entry(get(names[pick]), place) for pick, place in zip(picks, places, strict=True)]
+        return cls(_digest(shapes), name, depth, d_model, torch.tensor(values, dtype=torch.float32))
 
     def without_values(self) -> "Fingerprint":
         """Return what is left if only names and shapes count."""

@@ -7,9 +7,10 @@ the kind adds, such as the base model's fingerprint.
 import hashlib
 import json
 import os
+import shutil
 import stat
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -110,6 +111,36 @@ def write_bytes(target: Path, blob: bytes) -> None:
         raise ArtefactError(
             f"{target} could not be written ({error.strerror}). Nothing was changed. Free space or choose another path."
         ) from error
+
+
+def write_folder(folder: Path, fill: Callable[[Path], Any]) -> None:
+    """Make a folder in one step: what `fill` writes appears as a whole, or not at all.
+
+    Raises:
+        ArtefactError: the folder exists and is not empty, its parent is missing, the disk is full.
+    """
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ArtefactError(
+                f"An empty or new folder is required. Found {folder} with something in it. Choose another."
+            )
+        if not folder.parent.is_dir():
+            raise ArtefactError(f"The folder {folder.parent} must exist. It does not. Create it first.")
+        inside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".steerkit."))
+    except OSError as error:
+        raise ArtefactError(f"{folder} could not be written ({error.strerror}). Choose another path.") from error
+    try:
+        fill(inside)
+        inside.chmod(0o755)
+        if folder.exists():
+            folder.rmdir()
+        inside.rename(folder)
+    except OSError as error:
+        raise ArtefactError(
+            f"{folder} could not be written ({error.strerror}). Nothing was changed. Free space or choose another path."
+        ) from error
+    finally:
+        shutil.rmtree(inside, ignore_errors=True)
 
 
 def _replace(target: Path, blob: bytes) -> None:

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from steerkit.intervention import Addition, Constraint, Erasure
+from steerkit.maths.lowrank import LowRank
+from steerkit.model import Fingerprint, find_decoder
+from steerkit.preferences.vector import PreferenceVector
 from steerkit.types import Amount, Positions
 
 VOCABULARY = 99
@@ -289,3 +292,28 @@ def random_constraint(
         directions=directions,
         max_magnitude=max_magnitude,
     )
+
+
+def random_vector(
+    model: Any, name: str = "helpful", seed: int = 0, rank: int = 2, full: bool = False, size: float = 0.4
+) -> PreferenceVector:
+    """Return a preference vector of random changes, each `size` times as long as what it changes.
+
+    Low-rank changes of every weight that a hook reaches, or with `full` dense ones of every parameter, biases, norms,
+    embeddings and experts among them.
+    """
+    decoder, generator = find_decoder(model), _generator(1000 + seed)
+    deltas: dict[str, Any] = {}
+    for key, shape in sorted(decoder.shapes.items()):
+        parameter = decoder.parameters.get(key)
+        known = parameter is not None and parameter.is_floating_point() and parameter.device.type != "meta"
+        length = float(parameter.detach().float().norm()) if known else 1.5 * shape[0] ** 0.5
+        if full:
+            change = torch.randn(shape, generator=generator)
+            deltas[key] = change * (size * max(length, 0.1) / change.norm())
+        elif key in decoder.reachable and key.endswith(".weight"):
+            left = torch.randn(shape[0], rank, generator=generator)
+            right = torch.randn(rank, shape[1], generator=generator)
+            deltas[key] = LowRank(left * (size * length / (left @ right).norm()), right)
+    swapped = frozenset(key for key in deltas if decoder.reachable.get(key) is False)
+    return PreferenceVector(name, deltas, Fingerprint.of(model), {"seed": seed}, swapped)

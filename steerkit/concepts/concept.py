@@ -251,6 +251,31 @@ class Concept:
         check_direction(direction)
         return replace(self, direction=direction)
 
+    def score(self, positive: Activations, negative: Activations) -> dict[int, float]:
+        """Return each probe's accuracy on other recordings (the mean of both classes' accuracies).
+
+        A probe is fitted on one model as it stands. Under a preference vector, or any other change, it may read something
+        else: record held-out texts inside the Controller and compare with `accuracy`.
+
+            with Controller(model, [helpful.add(1.0)]):
+                states = [record(model, tokenizer, texts) for texts in (positive, negative)]
+            toxicity.score(*states)
+
+        Raises:
+            LayerError: no recorded layer has a probe.
+        """
+        shared = [layer for layer in self.layers if layer in positive.layers and layer in negative.layers]
+        if not shared:
+            raise LayerError(
+                f"Recordings must hold a probed layer, one of {self.layers}. Found {positive.layers}. Record it."
+            )
+        found = {}
+        for layer in shared:
+            probe = self.probes[layer]
+            right = [(probe.logit(positive[layer]) > 0), (probe.logit(negative[layer]) < 0)]
+            found[layer] = float(sum(each.double().mean() for each in right)) / 2
+        return found
+
     def add(
         self, magnitude: Amount, *, layers: Layers | None = None, positions: Positions = "all", name: str | None = None
     ) -> Addition:

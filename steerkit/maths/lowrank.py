@@ -47,6 +47,11 @@ def parts(delta: Delta) -> tuple[Tensor, ...]:
     return tuple(delta) if isinstance(delta, LowRank) else (delta,)
 
 
+def rows_of(delta: Delta, rows: slice) -> Delta:
+    """Return the change of some rows."""
+    return LowRank(delta.left[rows], delta.right) if isinstance(delta, LowRank) else delta[rows]
+
+
 def scaled(delta: Delta, factor: float) -> Delta:
     """Return `factor * delta`."""
     return LowRank(factor * delta.left, delta.right) if isinstance(delta, LowRank) else factor * delta
@@ -162,19 +167,17 @@ def add_to(weight: Tensor, changes: Sequence[tuple[float, Delta]], out: Tensor) 
         out.copy_(weight)
         return
     wide = torch.promote_types(weight.dtype, torch.float32)
-    rows = max(1, _BLOCK // max(1, weight[:1].numel())) if weight.device.type == "cpu" else len(weight)
-    thin = [
-        (m * d.left.to(weight.device, wide), d.right.to(weight.device, wide))
-        for m, d in changes
-        if isinstance(d, LowRank)
-    ]
+    like = weight.new_empty((), dtype=wide)
+    thin = [(m * d.left.to(like), d.right.to(like)) for m, d in changes if isinstance(d, LowRank)]
     full = [(m, d) for m, d in changes if not isinstance(d, LowRank)]
+    left, right = (torch.cat(each, dim=axis) for each, axis in zip(zip(*thin), (1, 0))) if thin else (None, None)
+    rows = max(1, _BLOCK // max(1, weight[:1].numel())) if weight.device.type == "cpu" else len(weight)
     for start in range(0, len(weight), rows):
         block = slice(start, start + rows)
         whole = weight[block].to(wide, copy=True)
         for m, delta in full:
             whole.add_(delta[block].to(whole), alpha=m)
-        for left, right in thin:
+        if left is not None and right is not None:
             whole.addmm_(left[block], right)
         out[block] = whole
 

@@ -281,13 +281,17 @@ def checkpoint_folder(folder: Path) -> Source:
 
     def get(name: str) -> Tensor:
         with safe_open(files[name], framework="pt") as opened:
-            return opened.get_tensor(name).float()
+            return opened.get_tensor(name)
 
+    known = None
+    if config is not None:
+        text = config.get_text_config(decoder=True)
+        known = Fingerprint.of_weights(shapes, get, folder.name, int(text.num_hidden_layers), int(text.hidden_size))
     return Source(
         what=folder.name,
-        fingerprint=None if config is None else Fingerprint.of_shapes(shapes, config, folder.name),
+        fingerprint=known,
         shapes=shapes,
-        get=get,
+        get=lambda name: get(name).float(),
         vocabulary=_vocabulary(folder),
     )
 

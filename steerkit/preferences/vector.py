@@ -5,9 +5,7 @@ import json
 import math
 import os
 import re
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -17,7 +15,7 @@ from torch import Tensor
 
 from steerkit import storage
 from steerkit.activations import stored_fingerprint
-from steerkit.errors import ArtefactError, AttachError, BaseModelMismatchError, LayerError, PolicyError, TrainingError
+from steerkit.errors import AttachError, BaseModelMismatchError, LayerError, PolicyError, TrainingError
 from steerkit.intervention import WeightAddition
 from steerkit.maths.lowrank import (
     Delta,
@@ -608,40 +606,10 @@ def _targets(names: Iterable[str], depth: int | None) -> list[str]:
 def _write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
-    write_folder(
+    storage.write_folder(
         folder,
         lambda inside: (
             save_file(dict(tensors), inside / ADAPTER_WEIGHTS, metadata={"format": "pt"}),
             (inside / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2), "utf-8"),
         ),
     )
-
-
-def write_folder(folder: Path, fill: Callable[[Path], Any]) -> None:
-    """Make a folder in one step: what `fill` writes appears as a whole, or not at all.
-
-    Raises:
-        ArtefactError: the folder exists and is not empty, its parent is missing, the disk is full.
-    """
-    try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ArtefactError(
-                f"An empty or new folder is required. Found {folder} with something in it. Choose another."
-            )
-        if not folder.parent.is_dir():
-            raise ArtefactError(f"The folder {folder.parent} must exist. It does not. Create it first.")
-        inside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".steerkit."))
-    except OSError as error:
-        raise ArtefactError(f"{folder} could not be written ({error.strerror}). Choose another path.") from error
-    try:
-        fill(inside)
-        inside.chmod(0o755)
-        if folder.exists():
-            folder.rmdir()
-        inside.rename(folder)
-    except OSError as error:
-        raise ArtefactError(
-            f"{folder} could not be written ({error.strerror}). Nothing was changed. Free space or choose another path."
-        ) from error
-    finally:
-        shutil.rmtree(inside, ignore_errors=True)
