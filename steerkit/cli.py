@@ -1,7 +1,7 @@
 """The command line. It parses, calls the library and prints; every error of the library is one line and exit code 2."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import wraps
 from pathlib import Path
@@ -452,22 +452,20 @@ def _show_vectors(vectors: "Sequence[PreferenceVector]", as_json: bool) -> None:
         }
         print(json.dumps(found, indent=2))
         return
-    table = Table(
-        "vector", "model", "parameters", "layers", "rank", "norm", "energy kept", "twins' cosine", "held-out", "length"
-    )
-    for each in vectors:
-        figures = each.made.get("towards_figures", {})
-        table.add_row(
-            each.name,
-            "unknown" if each.fingerprint is None else each.fingerprint.name,
-            str(len(each.deltas)),
-            f"{each.layers[0]} to {each.layers[-1]}" if each.layers else "none",
-            str(each.rank),
-            f"{each.norm():.4g}",
-            f"{each.kept_energy:.4f}",
-            *(f"{v:.2f}" if isinstance(v, float) else "" for v in (each.made.get("cosine_of_twins"),)),
-            *(f"{figures[key]:.2f}" if key in figures else "" for key in ("accuracy", "length_only")),
-        )
+    lines: dict[str, Callable[[PreferenceVector], str]] = {
+        "model": lambda v: "unknown" if v.fingerprint is None else v.fingerprint.name,
+        "parameters": lambda v: str(len(v.deltas)),
+        "layers": lambda v: f"{v.layers[0]} to {v.layers[-1]}" if v.layers else "none",
+        "rank": lambda v: str(v.rank),
+        "norm": lambda v: f"{v.norm():.4g}",
+        "energy kept": lambda v: f"{v.kept_energy:.4f}",
+        "cosine of the twins": lambda v: _figure(v.made, "cosine_of_twins"),
+        "held-out accuracy": lambda v: _figure(v.made.get("towards_figures", {}), "accuracy"),
+        "by length alone": lambda v: _figure(v.made.get("towards_figures", {}), "length_only"),
+    }
+    table = Table("", *(each.name for each in vectors))
+    for name, shown in lines.items():
+        table.add_row(name, *(shown(each) for each in vectors))
     _out.print(table)
     if score is not None:
         matrix = Table("cosine", *(each.name for each in vectors))
@@ -475,6 +473,10 @@ def _show_vectors(vectors: "Sequence[PreferenceVector]", as_json: bool) -> None:
             matrix.add_row(each.name, *(f"{value:.3f}" for value in row))
         _out.print(matrix)
         _out.print(f"subspace interference {score:.4g}")
+
+
+def _figure(figures: Mapping[str, Any], name: str) -> str:
+    return f"{figures[name]:.3f}" if isinstance(figures.get(name), float) else ""
 
 
 def _texts(path: Path) -> list[Any]:
