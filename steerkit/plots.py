@@ -104,3 +104,19 @@ def readings(before: Mapping[str, Sequence[float]], after: Mapping[str, Sequence
         axes.legend(frameon=False, fontsize=8, loc="upper center", ncols=2, bbox_to_anchor=(0.5, 1.12))
         _tidy(axes)
     return figure
+
+
+def dose_response(
+    magnitudes: Sequence[float], lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], unit: str
+) -> Any:
+    """Plot an effect against the magnitude, one line a vector, with its standard errors."""
+    figure, axes = _figure(8.4, 3.2)
+    for (name, (means, errors)), colour in zip(lines.items(), _COLOURS, strict=False):
+        axes.errorbar(magnitudes, means, errors, color=colour, marker="o", markersize=4, capsize=3, label=name)
+    axes.axhline(0, color=_PALE, linewidth=1, zorder=0)
+    axes.set_xticks(list(magnitudes))
+    axes.set_xlabel("magnitude", color=_INK)
+    axes.set_ylabel(unit, color=_INK)
+    axes.legend(frameon=False)
+    _tidy(axes)
+    return figure

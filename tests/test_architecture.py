@@ -23,6 +23,7 @@ DOORS = {
     "scipy": ["concepts/probe.py"],
     "matplotlib": ["plots.py"],
     "trl": ["preferences/", "gapo/trainer.py"],
+    "datasets": ["preferences/"],
     "peft": ["preferences/", "gapo/trainer.py"],
     "nnsight": ["integrations/nnsight.py"],
     "vllm": ["integrations/vllm.py"],

