@@ -69,7 +69,7 @@ class Controller:
         self.record_magnitudes = record_magnitudes
         self._amounts = {each.name: each.read(each.amount) for each in listed}
         self._pass = Pass(recording=record_magnitudes)
-        self._fold = Fold(self._decoder.model, self._decoder.parameters, self._folded(fold))
+        self._fold = Fold(self._decoder.model, self._folded(fold))
         self._sites = self._hooks(fold)
         self._block_positions = {p.positions for h in self._sites if isinstance(h, BlockHook) for p in h.interventions}
         self._linear_positions = {
@@ -169,6 +169,9 @@ class Controller:
                 stack.callback(hook.switch_off)
                 stack.callback(module.register_forward_hook(hook).remove)
                 hook.prepare(module)
+            if any(isinstance(h, LinearHook) and h.site.layer is None and not h.everywhere for h in self._sites):
+                for module in {id(m): m for m in (self._given, self._decoder.model)}.values():
+                    stack.callback(module.register_forward_pre_hook(_refuse_columns, with_kwargs=True).remove)
             self._ran = False
             self._write_amounts()
         except BaseException:
@@ -255,6 +258,7 @@ class Controller:
         new = {**self._amounts, **{name: by_name[name].read(self._keyed(amount)) for name, amount in amounts.items()}}
         self._refuse_unfoldable(new)
         self._refuse_contradictions(new)
+        self._fold.refuse_covered()
         using = _Using(self, {name: self._amounts[name] for name in amounts})
         self._set(new)
         return using
@@ -356,6 +360,14 @@ class Controller:
                     "come later. Pass the plain model, attach(), then torch.compile it and change amounts with using(). If "
                     "generate compiled it (static cache), keep one Controller attached, or pass disable_compile=True."
                 )
+
+
+def _refuse_columns(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    if isinstance(kwargs.get("logits_to_keep"), Tensor):
+        raise AttachError(
+            "A change of the head at some positions must know which ones the head sees. Found logits_to_keep as a tensor. Pass "
+            "a number, or add the vector at all positions."
+        )
 
 
 def _check_names(interventions: list[Any]) -> None:

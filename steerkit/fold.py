@@ -13,40 +13,39 @@ from torch import Tensor
 from steerkit.errors import AttachError
 from steerkit.intervention import Amounts, WeightAddition
 from steerkit.maths.lowrank import Delta, add_to
-from steerkit.model import refuse_unwritable
-
-_FOLDS = "_steerkit_folds"
-"""Where a model keeps who has written into its weights, in order."""
+from steerkit.model import ORIGINALS, base_parameters, refuse_unwritable
 
 
 class Fold:
     """The weights of one model that one Controller changes in place."""
 
-    def __init__(
-        self,
-        model: Any,
-        parameters: Mapping[str, Tensor],
-        changes: Mapping[str, Sequence[tuple[WeightAddition, Delta]]],
-    ) -> None:
+    def __init__(self, model: Any, changes: Mapping[str, Sequence[tuple[WeightAddition, Delta]]]) -> None:
         self._model = model
-        self._parameters = {name: parameters[name] for name in changes}
         self.changes = changes
         """By parameter: what changes it, and by how much for a magnitude of 1."""
+        self._parameters: dict[str, Tensor] = {}
         self._saved: dict[str, Tensor] = {}
         self._sums: dict[str, int] = {}
-        for name, parameter in self._parameters.items():
-            refuse_unwritable(name, parameter)
+        self._find()
 
     def __bool__(self) -> bool:
         return bool(self.changes)
 
+    def _find(self) -> None:
+        """Take the parameters as they are now: loading weights may have put others in their place."""
+        there = dict(base_parameters(self._model)) if self.changes else {}
+        for name in self.changes:
+            refuse_unwritable(name, there.get(name))
+        self._parameters = {name: there[name].detach() for name in self.changes}
+
     def save(self) -> None:
         """Keep every original."""
-        self._model.__dict__.setdefault(_FOLDS, []).append(self)
+        self._find()
+        self._model.__dict__.setdefault(ORIGINALS, []).append(self._saved)
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 self._sums[name] = checksum(parameter)
-                self._saved[name] = parameter.detach().clone()
+                self._saved[name] = parameter.clone()
 
     def write(self, amounts: Mapping[str, Amounts]) -> None:
         """Write the weights for these magnitudes, by the name of what changes them.
@@ -61,21 +60,21 @@ class Fold:
                     (float(each.column(amounts[each.name].values, each.layer_of[name])[0]), delta)
                     for each, delta in self.changes[name]
                 ]
-                add_to(self._saved[name], changes, parameter.data)
+                add_to(self._saved[name], changes, parameter)
 
     def restore(self) -> None:
         """Put the originals back and prove it."""
-        folds = self._model.__dict__[_FOLDS]
         changed = []
         with torch.no_grad():
             for name, original in self._saved.items():
-                self._parameters[name].data.copy_(original)
+                self._parameters[name].copy_(original)
                 if checksum(self._parameters[name]) != self._sums[name]:
                     changed.append(name)
-        self._saved.clear()
-        folds.remove(self)
-        if not folds:
-            self._model.__dict__.pop(_FOLDS)
+        attached = self._model.__dict__[ORIGINALS]
+        attached[:] = [saved for saved in attached if saved is not self._saved]
+        if not attached:
+            self._model.__dict__.pop(ORIGINALS)
+        self._saved = {}
         if changed:
             raise AttachError(
                 f"Restored weights must equal the originals. Found that {changed[0]!r} does not: something else wrote into "
@@ -84,9 +83,9 @@ class Fold:
 
     def refuse_covered(self) -> None:
         """Raise if a Controller that was attached later still has its changes in these weights."""
-        folds = self._model.__dict__.get(_FOLDS, [])
-        later = folds[folds.index(self) + 1 :] if self in folds else []
-        if any(set(self._parameters) & set(other._parameters) for other in later):
+        attached = self._model.__dict__.get(ORIGINALS, [])
+        place = next((index for index, saved in enumerate(attached) if saved is self._saved), len(attached))
+        if any(set(self._parameters) & set(later) for later in attached[place + 1 :]):
             raise AttachError(
                 "Weights that an inner Controller has written may not be changed beneath it. Found an outer one that "
                 "wants to. Detach the inner Controller first."

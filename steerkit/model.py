@@ -27,6 +27,9 @@ _SAMPLES = 256
 _TOLERANCE = 2.0**-7
 """Relative difference of a sampled weight up to which two models count as one: bfloat16 keeps eight bits."""
 
+ORIGINALS = "_steerkit_originals"
+"""Where a model keeps what its weights were before Controllers wrote into them: one dict a Controller, in order."""
+
 _KINDS = ("weight", "bias")
 
 _ROWS, _LENGTH = 2, 3
@@ -226,7 +229,8 @@ def _watch(model: Any, body: nn.Module, blocks: nn.ModuleList) -> tuple[int, dic
     try:
         embedding = model.get_input_embeddings()
         device = embedding.weight.device if embedding.weight.device.type != "meta" else None
-        tokens = torch.tensor([[1, 0, 1], [0, 1, 1]], device=device)
+        # Different tokens, so that a router sends them to different experts.
+        tokens = torch.tensor([[1, 0, 2], [3, 1, 4]], device=device)
         with torch.random.fork_rng(devices), torch.no_grad():
             body(input_ids=tokens, use_cache=False)
     except Exception as error:
@@ -340,9 +344,13 @@ class Fingerprint:
         decoder = find_decoder(model)
         parameters = decoder.parameters
         shapes = {name: parameter.shape for name, parameter in parameters.items()}
-        return cls.of_weights(
-            shapes, lambda name: parameters[name].detach(), decoder.name, decoder.depth, decoder.d_model
-        )
+        # What a Controller has written into the weights is not the model's own; the first who did saved the originals.
+        kept = list(decoder.model.__dict__.get(ORIGINALS, ()))
+
+        def get(name: str) -> Tensor:
+            return next((saved[name] for saved in kept if name in saved), parameters[name]).detach()
+
+        return cls.of_weights(shapes, get, decoder.name, decoder.depth, decoder.d_model)
 
     @classmethod
     def of_weights(
@@ -373,7 +381,7 @@ class Fingerprint:
         """
         kinds = {"digest": str, "name": str, "depth": int, "d_model": int}
         whole = isinstance(header, dict) and all(type(header.get(key)) is kind for key, kind in kinds.items())
-        if not whole or len(values) != _SAMPLES:
+        if not whole or len(values) != _SAMPLES or header["depth"] < 1 or header["d_model"] < 1:
             raise ArtefactError(f"A file must describe its base model. Found {header!r:.80}. Make the file again.")
         return cls(**{key: header[key] for key in kinds}, values=values)
 
@@ -426,12 +434,17 @@ def _base_name(name: str) -> str:
     return re.sub(r"\.(base_layer|original_module)(?=\.)", "", name)
 
 
-def refuse_unwritable(name: str, parameter: Tensor) -> None:
+def refuse_unwritable(name: str, parameter: Tensor | None) -> None:
     """Raise unless a parameter holds numbers, here and now, that can be added to.
 
     Raises:
         UnsupportedModelError: the parameter is offloaded or quantised.
     """
+    if parameter is None:
+        raise UnsupportedModelError(
+            f"Weights that are written must be parameters. Found {name!r} packed into something else, as quantisation does. "
+            "Use the vector by hooks, or merge into the unquantised model."
+        )
     if parameter.device.type == "meta":
         raise UnsupportedModelError(
             f"Weights that are written must be in memory. Found {name!r} offloaded. Load the model without offloading, use "

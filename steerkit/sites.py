@@ -228,10 +228,10 @@ class LinearHook(Hook):
         input = args[0]
         if torch.compiler.is_compiling():
             return self._edit_traced(input, output)
-        key = (output.dtype, output.device, self.current.moment.rows)
-        if self.current.whole and not self.current.recording:
+        if (self.current.whole or (self.everywhere and self.site.layer is None)) and not self.current.recording:
+            key = (output.dtype, output.device, self.current.moment.rows, output.shape[:-1])
             if key != self._short_for:
-                self._shorten(output, key)
+                self._shorten(input, output, key)
             assert self._short is not None
             return self._short(input, output)
         return self._edit_somewhere(input, output)
@@ -243,8 +243,10 @@ class LinearHook(Hook):
         assert self._edit is not None
         return self._edit
 
-    def _shorten(self, output: Tensor, key: tuple[Any, ...]) -> None:
+    def _shorten(self, input: Tensor, output: Tensor, key: tuple[Any, ...]) -> None:
         edit = self._fit(output)
+        if not all(self.shared):
+            self._grid(input, output)
         self.reached = [True] * len(self.interventions)
         with torch.inference_mode(False), torch.no_grad():
             amounts = [amounts.float() for amounts in self._row_amounts()]
@@ -254,20 +256,28 @@ class LinearHook(Hook):
 
     def _edit_somewhere(self, input: Tensor, output: Tensor) -> Tensor:
         edit = self._fit(output)
-        rows, length = self.current.moment.rows, self.current.moment.length
         grid = self._grid(input, output)
-        where = [
-            here[:, -grid[1] :] if isinstance(here, Tensor) and here.shape[1] == length else here
-            for here in self._where(output.device)
-        ]
+        where = [self._seen(here, grid) for here in self._where(output.device)]
         if all(here is False for here in where) and not self.current.recording:
             return output
         edited, magnitudes = edit.edit(
             input.reshape(*grid, input.shape[-1]), output.view(*grid, output.shape[-1]), self._row_amounts(), where
         )
-        if self.current.recording and grid == (rows, length):
+        if self.current.recording and self.site.layer is not None:
             self._keep(magnitudes, torch.Size(grid))
         return edited.view(output.shape)
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether all its changes act at all positions."""
+        return all(each.positions == "all" for each in self.interventions)
+
+    def _seen(self, here: Where, grid: tuple[int, int]) -> Where:
+        """Return which of the positions that the module sees are edited; a head sees the last ones."""
+        if not isinstance(here, Tensor) or self.site.layer is not None:
+            return here
+        # Padding of logits means nothing, and with all positions a head may be given any of them.
+        return True if self.everywhere else here[:, -grid[1] :]
 
     def _grid(self, input: Tensor, output: Tensor) -> tuple[int, int]:
         """Return rows and positions of what the module saw; the head may see the last positions only."""
@@ -287,8 +297,7 @@ class LinearHook(Hook):
         assert edit is not None
         grid = self._grid(input, output)
         moment = self.current.moment
-        where = [moment.where(each.positions) for each in self.interventions]
-        where = [here[:, -grid[1] :] if isinstance(here, Tensor) else here for here in where]
+        where = [self._seen(moment.where(each.positions), grid) for each in self.interventions]
         self.reached = [True] * len(self.interventions)
         amounts = self._traced_amounts(output.device)
         shape = [*grid, output.shape[-1]]

@@ -51,9 +51,10 @@ class Stored:
             raise self.broken(f"{name!r} of shape {tuple(found.shape)} where {shape} belongs")
         if found.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise self.broken(f"{name!r} of {found.dtype}")
+        found = found.to(dtype)
         if finite and not bool(found.isfinite().all()):
             raise self.broken(f"{name!r} with values that are not finite numbers")
-        return found.to(dtype)
+        return found
 
     def layers(self, depth: int | None) -> list[int]:
         """Return the header's layers: increasing, without doubles, below `depth`."""

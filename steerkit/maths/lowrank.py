@@ -152,10 +152,15 @@ def interference(deltas: Sequence[Delta], rank: int) -> float:
 
     Zero where the changes live in orthogonal subspaces. Subspace task interference, arXiv:2412.00081.
     """
-    lefts, values, rights = zip(*(decomposition(delta) for delta in deltas), strict=True)
-    left = torch.cat([each[:, :rank] for each in lefts], dim=1)
-    right = torch.cat([each[:rank] for each in rights], dim=0)
-    strength = torch.cat([each[:rank] for each in values])
+    lefts, values, rights = [], [], []
+    for delta in deltas:
+        left, value, right = decomposition(delta)
+        # Singular vectors of values that are nothing but rounding point anywhere.
+        count = min(rank, int((value > 1e-6 * value[:1]).sum()))
+        lefts.append(left[:, :count])
+        values.append(value[:count])
+        rights.append(right[:count])
+    left, right, strength = torch.cat(lefts, dim=1), torch.cat(rights, dim=0), torch.cat(values)
     one = torch.eye(len(strength), dtype=strength.dtype)
     return float((((left.T @ left - one) * strength) @ (right @ right.T - one)).abs().sum())
 
@@ -198,6 +203,11 @@ class Stack:
         """`"stacked output"`"""
         self.owner = torch.cat([torch.full((delta.rank,), v) for v, delta in thin]) if thin else None
         """`"stacked"`: which change each column belongs to."""
+        if self.left is not None and self.right is not None:
+            # Equal shares of the size for both factors, so that neither leaves the range of a narrow dtype.
+            ratio = (self.right.norm(dim=1) / self.left.norm(dim=0)).sqrt()
+            ratio = torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0)
+            self.left, self.right = self.left * ratio, self.right / ratio[:, None]
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
         """Move and cast."""

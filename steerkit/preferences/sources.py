@@ -6,7 +6,8 @@ An adapter is read as low-rank changes of its base, whole weights as tensors, an
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,44 @@ from steerkit.model import Decoder, Fingerprint, find_decoder, unwrap
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
-_REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "eva_")
-"""Initialisations of LoRA that change the base weights too, so that its product is not the difference from them."""
+_PLAIN = frozenset(
+    [
+        "task_type",
+        "peft_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "r",
+        "target_modules",
+        "exclude_modules",
+        "lora_alpha",
+        "lora_dropout",
+        "fan_in_fan_out",
+        "bias",
+        "use_rslora",
+        "init_lora_weights",
+        "layers_to_transform",
+        "layers_pattern",
+        "rank_pattern",
+        "alpha_pattern",
+        "megatron_core",
+        "ensure_weight_tying",
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+    ]
+)
+"""What a LoRA config may say without its product being less or more than the difference from the base."""
+
+_FRESH = ("gaussian", "orthogonal")
+"""Named initialisations that leave the base weights as they were."""
+
+_CONV1D = ("c_attn", "q_attn", "c_fc", "c_proj")
+"""Modules that GPT-2 and its kin keep as `"input output"`, known by name where only a file is at hand."""
+_CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 
 
 @dataclass(frozen=True)
@@ -46,11 +83,12 @@ class Source:
     """What the tokenizer beside the weights knows, as text."""
 
 
-def read_source(policy: Any) -> Source:
+def read_source(policy: Any, base: Decoder | None = None) -> Source:
     """Return what a policy holds.
 
     Args:
         policy: a PEFT model with one LoRA adapter, a model with whole weights, or a folder of either.
+        base: its base model, which tells how modules keep their weights where a folder does not.
 
     Raises:
         PolicyError: an adapter that is no plain LoRA, a folder without weights, a pickled file.
@@ -61,15 +99,16 @@ def read_source(policy: Any) -> Source:
             raise PolicyError(
                 f"A policy must be a model or a folder. Found {str(folder)!r}, which is no folder. Check the path."
             )
-        return _adapter_folder(folder) if (folder / ADAPTER_CONFIG).exists() else checkpoint_folder(folder)
+        return _adapter_folder(folder, base) if (folder / ADAPTER_CONFIG).exists() else checkpoint_folder(folder)
     if isinstance(policy, Source):
         return policy
     if hasattr(policy, "source"):
         return policy.source()
-    return _live_adapter(policy) if hasattr(policy, "peft_config") else _live_weights(policy)
+    return _live_adapter(policy) if hasattr(policy, "peft_config") else live_weights(policy)
 
 
-def _live_weights(model: Any) -> Source:
+def live_weights(model: Any) -> Source:
+    """Return the weights of a model without what adapters add to them."""
     decoder = find_decoder(model)
     parameters = decoder.parameters
     for name, parameter in parameters.items():
@@ -83,21 +122,19 @@ def _live_weights(model: Any) -> Source:
         fingerprint=Fingerprint.of(model),
         shapes=shapes,
         get=lambda name: parameters[name].detach().float().cpu(),
-        swapped=_input_output(decoder),
+        swapped=input_output(decoder),
     )
 
 
 def _live_adapter(model: Any) -> Source:
-    active = list(model.active_adapters)
+    active = model.active_adapters
+    active = list(active() if callable(active) else active)
     if len(active) != 1:
         raise PolicyError(f"A policy must have one active adapter. Found {active}. Call set_adapter(name).")
     [adapter] = active
     config = model.peft_config[adapter]
     check_lora(config, f"adapter {adapter!r}")
     changes: dict[str, LowRank] = {}
-    left_over = {name for name, p in model.named_parameters() if f".{adapter}" in name and "lora_" not in name}
-    if left_over:
-        raise PolicyError(f"A policy must change weights by LoRA alone. Found {sorted(left_over)[0]!r} beside it.")
     for path, module in unwrap(model).named_modules():
         if getattr(module, "merged_adapters", None):
             raise PolicyError(f"An adapter must not be merged. Found {path!r} merged. Call unmerge_adapter().")
@@ -110,18 +147,31 @@ def _live_adapter(model: Any) -> Source:
             swapped = kind == "lora_embedding_A" or bool(getattr(module, "fan_in_fan_out", False))
             changes[f"{path}.weight"] = _change(left, right, module.scaling[adapter], swapped, f"{path}.weight")
     decoder = find_decoder(model)
-    what = f"adapter {adapter!r} on {decoder.name}"
-    return Source(what=what, fingerprint=Fingerprint.of(model), changes=changes, swapped=_input_output(decoder))
+    return Source(
+        what=f"adapter {adapter!r} on {decoder.name}",
+        fingerprint=Fingerprint.of(model),
+        changes=changes,
+        shapes=decoder.shapes,
+        swapped=input_output(decoder),
+    )
 
 
-def _input_output(decoder: Decoder) -> frozenset[str]:
+def input_output(decoder: Decoder) -> frozenset[str]:
+    """Return the weights that their modules keep as `"input output"`."""
     return frozenset(f"{path}.weight" for path, output_input in decoder.linears.items() if not output_input)
 
 
 def _change(left: Tensor, right: Tensor, scale: float, swapped: bool, name: str) -> LowRank:
-    if left.ndim != 2 or right.ndim != 2:
-        raise PolicyError(f"LoRA must be on linear modules or embeddings. Found {name!r} of {left.ndim} dimensions.")
+    fits = left.ndim == right.ndim == 2 and left.shape[1] == right.shape[0] > 0
+    if not fits or not left.is_floating_point() or not right.is_floating_point():
+        raise PolicyError(
+            f"LoRA is two floating-point factors of one rank, on linear modules or embeddings. Found {tuple(left.shape)} "
+            f"({left.dtype}) and {tuple(right.shape)} ({right.dtype}) for {name!r}."
+        )
     delta = LowRank(left.detach().float().cpu().clone(), right.detach().float().cpu().clone())
+    for factor in delta:
+        if not bool(factor.isfinite().all()) or not math.isfinite(scale):
+            raise PolicyError(f"A policy must be finite. Found NaN or infinity in {name!r}. Check the training run.")
     change = scaled(delta, scale)
     change = transposed(change) if swapped else change
     assert isinstance(change, LowRank)
@@ -137,74 +187,106 @@ def check_lora(config: Any, what: str) -> None:
     kind = getattr(config.peft_type, "value", config.peft_type)
     if kind != "LORA":
         raise PolicyError(f"A policy must be LoRA or whole weights. Found {what} of type {kind}. Train one of those.")
-    refused = {
-        "use_dora": "DoRA also scales what the base puts out, which is no fixed difference of weights",
-        "use_qalora": "QA-LoRA pools its input",
-        "modules_to_save": "modules saved whole change beside LoRA",
-        "target_parameters": "LoRA on parameters has no module of its own",
-        "lora_bias": "LoRA with a bias is no product of two factors",
-        "trainable_token_indices": "single token embeddings change beside LoRA",
-        "layer_replication": "replicated layers share their base",
-        "alora_invocation_tokens": "it acts after some tokens only",
-    }
-    for name, why in refused.items():
-        if getattr(config, name, None):
-            raise PolicyError(
-                f"A policy must be plain LoRA. Found {what} with {name}={getattr(config, name)!r}: {why}."
-            )
     if getattr(config, "bias", "none") != "none":
         raise PolicyError(
             f"A policy must leave biases alone. Found {what} with bias={config.bias!r}, which overwrites those of the base. "
             "Train with bias='none', or train whole weights."
         )
     start = getattr(config, "init_lora_weights", True)
-    if isinstance(start, str) and start.lower().startswith(_REWRITES_BASE):
+    if not isinstance(start, bool) and start not in _FRESH:
         raise PolicyError(
-            f"A policy must leave the base as it was. Found {what} with init_lora_weights={start!r}, which rewrites it. "
+            f"A policy must leave the base as it was. Found {what} with init_lora_weights={start!r}, which may rewrite it. "
             "Convert the adapter to plain LoRA, or compare merged checkpoints."
         )
-
-
-def _adapter_folder(folder: Path) -> Source:
-    from peft import LoraConfig
-    from peft.utils.other import get_pattern_key
-
-    try:
-        raw = json.loads((folder / ADAPTER_CONFIG).read_text("utf-8"))
-        kind = raw.get("peft_type")
-        if kind != "LORA":
+    usual = vars(type(config)())
+    for name, value in vars(config).items():
+        if name in usual and value and value != usual[name] and name not in _PLAIN:
             raise PolicyError(
-                f"A policy must be LoRA or whole weights. Found {folder} of type {kind}. Train one of those."
+                f"A policy must be plain LoRA, whose product is its whole difference from the base. Found {what} with "
+                f"{name}={value!r:.60}. Train plain LoRA, or compare merged checkpoints."
             )
+
+
+def _json(file: Path, what: str) -> Any:
+    try:
+        found = json.loads(file.read_text("utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
+        raise PolicyError(f"{file} must be {what}. It cannot be read: {error!s:.80}. Save it again.") from error
+    if not isinstance(found, dict):
+        raise PolicyError(f"{file} must be {what}. Found {type(found).__name__}. Save it again.")
+    return found
+
+
+def _adapter_folder(folder: Path, base: Decoder | None) -> Source:
+    from peft import LoraConfig
+
+    file = folder / ADAPTER_CONFIG
+    raw = _json(file, "a LoRA config")
+    kind = raw.get("peft_type")
+    if kind != "LORA":
+        raise PolicyError(f"A policy must be LoRA or whole weights. Found {folder} of type {kind}. Train one of those.")
+    try:
         config = LoraConfig.from_peft_type(**raw)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise PolicyError(
-            f"{folder / ADAPTER_CONFIG} must be a LoRA config. Found {error!s:.120}. Save it again."
-        ) from error
+    except Exception as error:  # a config checks what it likes
+        raise PolicyError(f"{file} must be a LoRA config. Found {error!s:.120}. Save it again.") from error
     check_lora(config, str(folder))
     pairs: dict[str, dict[str, Tensor]] = {}
+    embeddings: set[str] = set()
     for key, tensor in _tensors(folder / ADAPTER_WEIGHTS):
+        if ".base_layer." in key:
+            continue  # PEFT saves adapted embeddings with the base's own, which LoRA does not train
         path, _, rest = key.removeprefix("base_model.model.").rpartition(".lora_")
-        kind, side = (
-            rest.removesuffix(".weight").rpartition("_")[::2] if "_" in rest else ("", rest.removesuffix(".weight"))
-        )
+        kind, _, side = rest.removesuffix(".weight").rpartition("_")
         if not path or side not in ("A", "B") or kind not in ("", "embedding"):
             raise PolicyError(f"An adapter's file must hold LoRA factors. Found {key!r} in {folder}. Save plain LoRA.")
         pairs.setdefault(path, {})[side] = tensor
-        pairs[path]["swapped"] = torch.tensor(kind == "embedding" or bool(config.fan_in_fan_out))
+        if kind:
+            embeddings.add(path)
     changes: dict[str, LowRank] = {}
+    inputs_first = _inputs_first(folder, pairs, embeddings, bool(config.fan_in_fan_out), base)
     for path, pair in pairs.items():
-        if not {"A", "B"} <= set(pair):
+        if set(pair) != {"A", "B"}:
             raise PolicyError(f"LoRA needs both factors. Found one for {path!r} in {folder}. Save the adapter again.")
-        rank = pair["A"].shape[0]
-        pattern = config.alpha_pattern
-        alpha = pattern.get(get_pattern_key(pattern.keys(), path), config.lora_alpha)
-        scale = alpha / (math.sqrt(rank) if config.use_rslora else rank)
-        changes[f"{path}.weight"] = _change(pair["B"], pair["A"], scale, bool(pair["swapped"]), f"{path}.weight")
-    swapped = frozenset(changes) if config.fan_in_fan_out else frozenset()
+        name = f"{path}.weight"
+        swapped = path in embeddings or name in inputs_first
+        changes[name] = _change(pair["B"], pair["A"], _scale(config, path, pair["A"]), swapped, name)
     return Source(
-        what=folder.name, fingerprint=None, base=config.base_model_name_or_path, changes=changes, swapped=swapped
+        what=folder.name, fingerprint=None, base=config.base_model_name_or_path, changes=changes, swapped=inputs_first
     )
+
+
+def _scale(config: Any, path: str, first: Tensor) -> float:
+    from peft.utils.other import get_pattern_key
+
+    try:
+        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), path), config.lora_alpha)
+        rank = first.shape[0]
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+            raise TypeError(f"alpha {alpha!r}")
+        return alpha / (math.sqrt(rank) if config.use_rslora else rank)
+    except (TypeError, AttributeError, ValueError, ZeroDivisionError, IndexError, re.error) as error:
+        raise PolicyError(
+            f"LoRA needs a number for alpha and a rank above 0. Found neither for {path!r}: {error!s:.80}."
+        ) from error
+
+
+def _inputs_first(
+    folder: Path, paths: Iterable[str], embeddings: set[str], said: bool, base: Decoder | None
+) -> frozenset[str]:
+    """Return the weights that their modules keep as `"input output"`: as the base has them, or as names tell.
+
+    PEFT writes one `fan_in_fan_out` for all modules, so that a folder with both kinds cannot tell.
+    """
+    if base is not None:
+        return input_output(base)
+    linear = [path for path in paths if path not in embeddings]
+    first = {path for path in linear if path.rpartition(".")[2] in _CONV1D}
+    if any((path in first) != said for path in linear):
+        raise PolicyError(
+            f"A folder must tell how its modules keep their weights. Found fan_in_fan_out={said} in {folder} for modules that "
+            "may be of both kinds. Pass the base model: model=..."
+        )
+    return frozenset(f"{path}.weight" for path in first)
 
 
 def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
@@ -231,9 +313,9 @@ def shards(folder: Path) -> dict[str, Path]:
     """
     if (folder / INDEX).exists():
         try:
-            where = json.loads((folder / INDEX).read_text("utf-8"))["weight_map"]
+            where = _json(folder / INDEX, "an index")["weight_map"]
             files = {name: folder / file for name, file in where.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise PolicyError(
                 f"{folder / INDEX} must map tensors to files. Found {error!s:.80}. Save it again."
             ) from error
@@ -274,6 +356,8 @@ def checkpoint_folder(folder: Path) -> Source:
     lost = sorted(set(files) - set(shapes))
     if lost:
         raise PolicyError(f"{folder} must hold the tensors that its index names. {lost[0]!r} is missing.")
+    if not shapes:
+        raise PolicyError(f"{folder} must hold weights. Found none. Save the model again.")
     config = _config(folder)
     if config is not None and getattr(config, "tie_word_embeddings", False):
         # A tied head that was saved all the same is the embedding again.
@@ -284,14 +368,24 @@ def checkpoint_folder(folder: Path) -> Source:
             return opened.get_tensor(name)
 
     known = None
+    swapped: frozenset[str] = frozenset()
     if config is not None:
         text = config.get_text_config(decoder=True)
-        known = Fingerprint.of_weights(shapes, get, folder.name, int(text.num_hidden_layers), int(text.hidden_size))
+        depth, width = getattr(text, "num_hidden_layers", None), getattr(text, "hidden_size", None)
+        if type(depth) is not int or type(width) is not int:
+            raise PolicyError(
+                f"{folder} must hold a decoder. Found a config of {config.model_type!r} without its depth or width."
+            )
+        known = Fingerprint.of_weights(shapes, get, folder.name, depth, width)
+        if config.model_type in _CONV1D_MODELS:
+            ends = tuple(f".{name}.weight" for name in _CONV1D)
+            swapped = frozenset(name for name in shapes if name.endswith(ends))
     return Source(
         what=folder.name,
         fingerprint=known,
         shapes=shapes,
         get=lambda name: get(name).float(),
+        swapped=swapped,
         vocabulary=_vocabulary(folder),
     )
 
@@ -300,8 +394,9 @@ def _config(folder: Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder) if (folder / "config.json").exists() else None
-    except (ValueError, OSError, KeyError, TypeError) as error:
+        exists = (folder / "config.json").exists()
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False) if exists else None
+    except Exception as error:  # a config checks what it likes
         raise PolicyError(f"{folder / 'config.json'} must be a model's config. Found {error!s:.120}.") from error
 
 
@@ -309,11 +404,8 @@ def _vocabulary(folder: Path) -> str | None:
     file = folder / "tokenizer.json"
     if not file.exists():
         return None
-    try:
-        raw = json.loads(file.read_text("utf-8"))
-        return json.dumps([raw.get("model"), raw.get("added_tokens")], sort_keys=True)
-    except (ValueError, AttributeError) as error:
-        raise PolicyError(f"{file} must be a tokenizer. Found {error!s:.80}. Save it again.") from error
+    raw = _json(file, "a tokenizer")
+    return json.dumps([raw.get("model"), raw.get("added_tokens")], sort_keys=True)
 
 
 def check_one_base(first: Source, second: Source) -> None:
@@ -336,6 +428,15 @@ def check_one_base(first: Source, second: Source) -> None:
         )
     if first.changes is None and second.changes is None:
         check_same_tensors(first, second)
+    for one, other in ((first, second), (second, first)):
+        for name, change in (one.changes or {}).items():
+            there = other.shapes.get(name) if other.shapes else (other.changes or {}).get(name, change).shape
+            if there != change.shape:
+                found = "none" if there is None else f"one of shape {tuple(there)}"
+                raise BaseModelMismatchError(
+                    f"Both policies must change one base model. {one.what} changes {name!r} of shape {tuple(change.shape)}; "
+                    f"{other.what} has {found}. Use twins of one base."
+                )
 
 
 def check_same_tensors(first: Source, second: Source) -> None:

@@ -33,7 +33,14 @@ from steerkit.maths.lowrank import (
 )
 from steerkit.model import Fingerprint, find_decoder, refuse_unwritable, resolve_layers, unwrap
 from steerkit.preferences.pairs import Pairs, digest, read_pairs
-from steerkit.preferences.sources import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Source, check_one_base, read_source
+from steerkit.preferences.sources import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    Source,
+    check_one_base,
+    live_weights,
+    read_source,
+)
 from steerkit.types import Amount, Layers, Positions
 
 if TYPE_CHECKING:
@@ -155,7 +162,8 @@ class PreferenceVector:
         """
         if not isinstance(name, str) or not name:
             raise PolicyError(f"A preference vector needs a name. Found {name!r}. Pass name='helpful', for example.")
-        first, second = read_source(towards), read_source(away)
+        decoder = None if model is None else find_decoder(model)
+        first, second = (read_source(policy, decoder) for policy in (towards, away))
         check_one_base(first, second)
         deltas = {key: delta for key, delta in _subtract(first, second).items() if _nonzero(key, delta)}
         if not deltas:
@@ -168,13 +176,14 @@ class PreferenceVector:
             known = known.without_values()  # these are weights after training
         swapped = first.swapped | second.swapped
         if model is not None:
-            base = read_source(unwrap(model))
+            base = live_weights(unwrap(model))
             check_one_base(first, base)
+            check_one_base(second, base)
             known, swapped = base.fingerprint, base.swapped
         noted = {"towards": first.what, "away": second.what, **(made or {})}
         vector = cls(name, deltas, known, noted, swapped & set(deltas))
-        if model is not None:
-            vector.add(1.0).check(find_decoder(model))
+        if decoder is not None:
+            vector.add(1.0).check(decoder)
         return vector
 
     def __repr__(self) -> str:
@@ -193,7 +202,7 @@ class PreferenceVector:
     @property
     def rank(self) -> int:
         """The largest rank over all parameters; of a dense change its smaller side."""
-        return max(d.rank if isinstance(d, LowRank) else min(d.shape) for d in self.deltas.values())
+        return max((d.rank if isinstance(d, LowRank) else min(d.shape) for d in self.deltas.values()), default=0)
 
     @property
     def kept_energy(self) -> float:
@@ -266,7 +275,7 @@ class PreferenceVector:
         product = self.norm() * other.norm()
         if product == 0:
             raise PolicyError("A cosine needs two vectors that are not zero. Found a zero one. Check the magnitudes.")
-        return self.dot(other) / product
+        return max(-1.0, min(1.0, self.dot(other) / product))
 
     def with_norm(self, norm: float) -> "PreferenceVector":
         """Return the vector at another length: for instance a one-sided one at the length of the twins'.
@@ -309,8 +318,11 @@ class PreferenceVector:
                     some = sorted({name.split(".")[-2] for name in kept if "." in name})
                     raise PolicyError(f"Some module must end in {end!r}. Found changes in {some}. Choose among them.")
             kept = {name: delta for name, delta in kept.items() if any(_module_ends(name, end) for end in ends)}
+        if not kept:
+            raise PolicyError(f"A part must hold some parameter. Found none left of {self.name!r}. Choose more.")
         left = sorted(set(self.deltas) - set(kept))
-        return replace(self, deltas=kept, made={**self.made, "left_out": left} if left else self.made)
+        made = {**self.made, "left_out": left} if left else self.made
+        return replace(self, deltas=kept, made=made, transposed=self.transposed & set(kept))
 
     def compress(self, *, rank: int | None = None, energy: float | None = None) -> "PreferenceVector":
         """Return the nearest vector of a rank, or of the least rank a parameter that keeps a share of its energy.
@@ -395,7 +407,7 @@ class PreferenceVector:
             AttachError: a Controller is attached to the model.
         """
         decoder = find_decoder(model)
-        if decoder.model is not model:
+        if decoder.model is not model or any(".base_layer." in name for name, _ in model.named_parameters()):
             raise AttachError(
                 f"Weights are merged into a plain model. Found {type(model).__name__}. Merge or unload its adapter first."
             )
@@ -406,12 +418,13 @@ class PreferenceVector:
         part = self * magnitude
         part.add(1.0).check(decoder)
         for name in part.deltas:
-            refuse_unwritable(name, decoder.parameters[name])
+            refuse_unwritable(name, decoder.parameters.get(name))
         merged = copy.deepcopy(model)
         parameters = dict(merged.named_parameters())
         with torch.no_grad():
             for name, delta in part.deltas.items():
-                add_to(decoder.parameters[name].detach(), [(1.0, delta)], parameters[name].data)
+                if bool(parts(delta)[0].any()):  # adding 0 would turn -0.0 into 0.0
+                    add_to(decoder.parameters[name].detach(), [(1.0, delta)], parameters[name].data)
         return merged
 
     def to_adapter(
@@ -500,6 +513,8 @@ class PreferenceVector:
         for name in names:
             if f"dense.{name}" in stored.tensors:
                 shape = stored.tensors[f"dense.{name}"].shape
+                if not shape.numel() or not shape:
+                    raise stored.broken(f"an empty change of {name!r}")
                 deltas[name] = stored.tensor(f"dense.{name}", *shape)
                 continue
             left = stored.tensor(f"left.{name}", -1, -1)
@@ -507,9 +522,11 @@ class PreferenceVector:
         swapped = stored.entry("transposed", list)
         if not set(map(str, swapped)) <= set(names):
             raise stored.broken(f"transposed={swapped!r:.60}")
-        return cls(
-            stored.entry("name", str), deltas, fingerprint, stored.entry("made", dict), frozenset(map(str, swapped))
-        )
+        made = stored.entry("made", dict)
+        energy = made.get("kept_energy", 1.0)
+        if isinstance(energy, bool) or not isinstance(energy, int | float) or not 0 < energy <= 1 + 1e-9:
+            raise stored.broken(f"kept_energy={energy!r:.40}")
+        return cls(stored.entry("name", str), deltas, fingerprint, made, frozenset(map(str, swapped)))
 
     def _depth(self) -> int:
         return self.fingerprint.depth if self.fingerprint is not None else max(self.layers, default=-1) + 1
@@ -596,11 +613,11 @@ def _module_ends(name: str, end: str) -> bool:
 
 
 def _targets(names: Iterable[str], depth: int | None) -> list[str]:
-    """Return the short names of modules where every block has them, else their paths."""
+    """Return the modules' paths within a block where every block has them, else their whole paths."""
     modules = [name.removesuffix(".weight") for name in names]
-    short = [module.rpartition(".")[2] for module in modules]
-    whole = depth is not None and all(short.count(each) == depth for each in short)
-    return sorted(set(short if whole else modules))
+    inside = [re.split(r"(?:^|\.)\d+\.", module, maxsplit=1)[-1] for module in modules]
+    whole = depth is not None and all(inside.count(each) == depth for each in inside)
+    return sorted(set(inside if whole else modules))
 
 
 def _write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
