@@ -66,10 +66,11 @@ def _load(model: str | None) -> tuple[Any, Any]:
     try:
         with _err.status("loading the model"):
             return load_model(model)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         if isinstance(error, SteerkitError):
             raise
-        raise UnsupportedModelError(f"{model} must be a causal language model. It cannot be loaded: {error}") from error
+        why = str(error).splitlines()[0]
+        raise UnsupportedModelError(f"{model} must be a causal language model. It cannot be loaded: {why}") from error
 
 
 @app.command()
@@ -213,6 +214,8 @@ def vector_train(
         save_total_limit=1,
     )
     vector = PreferenceVector.fit(name, loaded, tokenizer, rows, config=config, output_dir=runs)
+    if config.process_index > 0:
+        return
     vector.save(target)
     _show_vectors([vector], as_json)
     if not as_json:
@@ -261,7 +264,7 @@ def vector_merge(
     with _err.status("merging"):
         merge_checkpoint(base, vectors, output, check_model=check_model)
     if as_json:
-        print(json.dumps({"output": str(output), "vectors": {v.name: m for v, m in vectors}}))
+        print(json.dumps({"output": str(output), "vectors": [{"name": v.name, "magnitude": m} for v, m in vectors]}))
     else:
         _out.print(f"wrote {output}", markup=False, soft_wrap=True)
 
@@ -430,7 +433,10 @@ def _show_vectors(vectors: "Sequence[PreferenceVector]", as_json: bool) -> None:
     from steerkit.preferences.vector import cosines, interference
 
     between = cosines(vectors).tolist() if len(vectors) > 1 else []
-    score = interference(vectors) if len(vectors) > 1 else None
+    together = len(vectors) > 1 and set.intersection(
+        *({n for n, d in v.deltas.items() if len(d.shape) == 2} for v in vectors)
+    )
+    score = interference(vectors) if together else None
     if as_json:
         found: dict[str, Any] = {
             "vectors": [
@@ -481,7 +487,7 @@ def _figure(figures: Mapping[str, Any], name: str) -> str:
 def _texts(path: Path) -> list[Any]:
     """Read texts: one a line, or JSON lines with `text` or `messages`."""
     try:
-        lines = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
+        lines = [line.rstrip("\r") for line in path.read_text("utf-8").split("\n") if line.strip()]
     except UnicodeDecodeError as error:
         raise TextsError(f"{path} must be UTF-8 text. Found other bytes ({error.reason}). Convert it.") from error
     if path.suffix != ".jsonl":
@@ -521,10 +527,9 @@ def _request(kind: str, text: str) -> tuple[str, str, Any]:
     except ValueError:
         numbers = []
     if not equals or not name or not numbers:
-        option = kind.replace("_", "-")
-        raise TextsError(
-            f"`--{option}` must be NAME=NUMBER. Found {text!r}. Write --{option} toxicity={40 if kind == 'add' else 0.01}, for example."
-        )
+        option = "" if kind == "mix" else f"--{kind.replace('_', '-')} "
+        example = {"mix": "helpful=0.7", "add": "toxicity=40"}.get(kind, "toxicity=0.01")
+        raise TextsError(f"{option}NAME=NUMBER is required. Found {text!r}. Write {option}{example}, for example.")
     return kind, name, numbers[0] if len(numbers) == 1 else numbers
 
 

@@ -205,8 +205,9 @@ class Stack:
         """`"stacked"`: which change each column belongs to."""
         if self.left is not None and self.right is not None:
             # Equal shares of the size for both factors, so that neither leaves the range of a narrow dtype.
-            ratio = (self.right.norm(dim=1) / self.left.norm(dim=0)).sqrt()
-            ratio = torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0)
+            # A power of two, so that nothing is rounded.
+            power = ((self.right.norm(dim=1).log2() - self.left.norm(dim=0).log2()) / 2).round()
+            ratio = torch.where(power.isfinite(), power, 0.0).exp2()
             self.left, self.right = self.left * ratio, self.right / ratio[:, None]
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:

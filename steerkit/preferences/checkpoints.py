@@ -18,13 +18,29 @@ from torch import Tensor
 
 from steerkit import storage
 from steerkit.errors import BaseModelMismatchError, PolicyError
-from steerkit.maths.lowrank import Delta, add_to, rows_of
+from steerkit.maths.lowrank import Delta, add_to, parts, rows_of
 from steerkit.preferences.sources import INDEX, checkpoint_folder, shards
 from steerkit.preferences.vector import PreferenceVector
 
 RECIPE = "steerkit_merge.json"
+TEMPLATES = "additional_chat_templates"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
+_WEIGHTS = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".pkl",
+    ".pickle",
+    ".joblib",
+    ".npy",
+    ".npz",
+)
 _BLOCK = 1 << 20
 """Entries that are read, summed and written together."""
 
@@ -58,6 +74,9 @@ def merge_checkpoint(
     for vector, magnitude in vectors:
         if not math.isfinite(magnitude):
             raise PolicyError(f"A magnitude must be a finite number. Found {magnitude} for {vector.name!r}.")
+        for name, delta in vector.deltas.items():
+            if not all(bool(part.isfinite().all()) for part in parts(delta)):
+                raise PolicyError(f"A vector must be finite. Found NaN or infinity in {name!r} of {vector.name!r}.")
     held = checkpoint_folder(source)
     for vector, _ in vectors:
         if check_model and vector.fingerprint is not None and held.fingerprint is not None:
@@ -74,6 +93,8 @@ def merge_checkpoint(
         for file in sorted(source.iterdir()):
             if file.is_file() and file.suffix not in _WEIGHTS and not file.name.startswith("."):
                 shutil.copyfile(file, inside / file.name)
+        if (source / TEMPLATES).is_dir():
+            shutil.copytree(source / TEMPLATES, inside / TEMPLATES)
         if (source / INDEX).exists():
             shutil.copyfile(source / INDEX, inside / INDEX)
         (inside / RECIPE).write_text(json.dumps(recipe, indent=1), "utf-8")
@@ -92,7 +113,7 @@ def _changes(
         for name, delta in vector.deltas.items():
             key = _key(name, files)
             if key is None or shapes.get(key) != delta.shape:
-                found = "none" if key is None else f"one of shape {tuple(shapes[key])}"
+                found = f"one of shape {tuple(shapes[key])}" if key is not None and key in shapes else "none of its own"
                 raise BaseModelMismatchError(
                     f"The checkpoint must hold every changed parameter. {vector.name!r} changes {name!r} of shape "
                     f"{tuple(delta.shape)}; it holds {found}. Merge in memory: vector.merge_into(model)."

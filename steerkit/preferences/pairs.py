@@ -36,6 +36,12 @@ def read_pairs(pairs: Pairs) -> list[Pair]:
             f".parquet file. Found {type(pairs).__name__}. Convert it."
         )
     checked = [_checked(row, index) for index, row in enumerate(rows)]
+    for index, pair in enumerate(checked):
+        if isinstance(pair["prompt"], str) != isinstance(checked[0]["prompt"], str):
+            raise PairsError(
+                f"Pairs must be all plain text or all conversations. Pair {index} is not like the first. Convert it.",
+                index=index,
+            )
     if not checked:
         raise PairsError("`pairs` must hold at least one pair. Found none. Pass some.")
     return checked
@@ -55,15 +61,17 @@ def _rows_of_file(file: Path) -> list[Any]:
     if file.suffix != ".jsonl":
         raise PairsError(f"Pairs come from .jsonl or .parquet files. Found {file.name!r}. Convert it.")
     try:
-        lines = [line for line in file.read_text("utf-8").splitlines() if line.strip()]
+        lines = [line for line in file.read_text("utf-8").split("\n") if line.strip()]
     except UnicodeDecodeError as error:
         raise PairsError(f"{file} must be UTF-8 text. Found other bytes ({error.reason}). Convert it.") from error
     rows = []
-    for line in lines:
+    for index, line in enumerate(lines):
         try:
             rows.append(json.loads(line))
-        except ValueError as error:
-            raise PairsError(f"Each line of {file} must be a JSON object. Found {line!r:.60}. Mend it.") from error
+        except (ValueError, RecursionError) as error:
+            raise PairsError(
+                f"Each line of {file} must be a JSON object. Found {line!r:.60} for pair {index}. Mend it.", index=index
+            ) from error
     return rows
 
 
@@ -130,8 +138,8 @@ def split(pairs: Sequence[Pair], held_out: float, seed: int) -> tuple[list[Pair]
     """
     prompts = sorted({_key(pair["prompt"]) for pair in pairs})
     random.Random(seed).shuffle(prompts)
-    count = round(held_out * len(prompts))
-    if not 0 <= held_out < 1 or count >= len(prompts):
+    count = round(held_out * len(prompts)) if 0 <= held_out < 1 else len(prompts)
+    if count >= len(prompts):
         raise PairsError(
             f"`held_out` must be a share that leaves prompts to train on. Found {held_out} of {len(prompts)}. Try 0.1."
         )

@@ -20,16 +20,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
-from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
-from peft import LoraConfig, PeftModel
+from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 from transformers import PrinterCallback
-from trl.trainer.dpo_config import DPOConfig
-from trl.trainer.dpo_trainer import DPOTrainer
 
 from steerkit import storage
-from steerkit.errors import AttachError, MissingDependencyError, PolicyError, TrainingError, UnsupportedModelError
+from steerkit.activations import tokenise
+from steerkit.errors import (
+    AttachError,
+    MissingDependencyError,
+    PairsError,
+    PolicyError,
+    SteerkitError,
+    SteerkitWarning,
+    TrainingError,
+    UnsupportedModelError,
+)
 from steerkit.model import Fingerprint, find_decoder
 from steerkit.preferences.pairs import Pair, Pairs, digest, length_only_accuracy, read_pairs, split, swapped
 from steerkit.preferences.sources import Source, read_source
@@ -52,20 +60,15 @@ _SETTINGS = [
     "learning_rate",
     "beta",
     "loss_type",
-    "label_smoothing",
     "max_length",
     "num_train_epochs",
     "max_steps",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "lr_scheduler_type",
-    "warmup_steps",
     "weight_decay",
     "max_grad_norm",
     "optim",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
     "seed",
     "data_seed",
     "bf16",
@@ -73,12 +76,28 @@ _SETTINGS = [
     "use_peft",
     "lora_r",
     "lora_alpha",
-    "lora_dropout",
     "lora_target_modules",
     "use_rslora",
     "held_out",
 ]
-"""What makes a run this run and not another."""
+"""What a vector's file tells of how it was trained."""
+
+_ELSEWHERE = (
+    "output_dir",
+    "run_name",
+    "logging",
+    "save_",
+    "report_to",
+    "disable_tqdm",
+    "log_",
+    "hub_",
+    "push_",
+    "project",
+)
+"""How the names of arguments begin that decide nothing about the weights."""
+
+_STEPS = "steerkit_steps_{rank}.json"
+"""Beside a checkpoint: the first loss and the order of rows so far."""
 
 
 @dataclass
@@ -110,7 +129,6 @@ class PolicyConfig(DPOConfig):
     use_peft: bool = field(default=True, metadata={"help": "LoRA; False trains a float32 copy of all weights."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
     lora_alpha: int = field(default=32, metadata={"help": "The adapter's scale is alpha / r."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "0, so that the first loss is log 2."})
     lora_target_modules: str | list[str] = field(
         default="all-linear", metadata={"help": "Modules that get an adapter."}
     )
@@ -174,27 +192,51 @@ class _Trainer(DPOTrainer):
         super().__init__(*args, **kwargs)
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        prompts = hashlib.sha256(json.dumps(list(dataset["prompt_ids"])).encode()).hexdigest()
-        columns = ["ref_chosen_logps", "ref_rejected_logps"]
-        if self.reverse:
-            columns.reverse()
+        sides = ["chosen", "rejected"][:: -1 if self.reverse else 1]
+        texts = [list(dataset[column]) for column in ("prompt_ids", *(f"{side}_ids" for side in sides))]
+        rows = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
         if name not in self.references.known:
-            dataset = super()._precompute_ref_logps(dataset, name, batch_size)
-            self.references.known[name] = (prompts, *(list(dataset[column]) for column in columns))  # type: ignore[assignment]
-            return dataset
+            self.references.known[name] = (rows, *self._reference(dataset, batch_size, sides))
         before, *values = self.references.known[name]
-        if before != prompts:
-            raise TrainingError(f"Twins must see the same prompts in the same order. The {name} prompts differ.")
-        for column, value in zip(columns, values, strict=True):
-            dataset = dataset.add_column(column, value)
+        if before != rows:
+            raise TrainingError(f"Twins must see the same pairs in the same order. The {name} pairs differ.")
+        for side, value in zip(sides, values, strict=True):
+            dataset = dataset.add_column(f"ref_{side}_logps", value)
         return dataset
+
+    def _reference(self, dataset: Dataset, batch_size: int, sides: Sequence[str]) -> list[list[float]]:
+        """Return the reference's log-probabilities by side; each process reads all rows, in one order."""
+        loader = DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator)
+        found: dict[str, list[float]] = {"chosen": [], "rejected": []}
+        for batch in tqdm(loader, desc="reference", unit="batch", disable=self.args.disable_tqdm):
+            batch = {key: value.to(self.accelerator.device) for key, value in batch.items()}
+            pair = self.compute_ref_log_probs(self.ref_model or self.model, batch)
+            for side, values in zip(("chosen", "rejected"), pair, strict=True):
+                found[side].extend(values.float().tolist())
+        return [found[side] for side in sides]
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self.args.output_dir or "") / f"checkpoint-{self.state.global_step}"
+        folder.mkdir(parents=True, exist_ok=True)
+        content = {"first_loss": self.first_loss, "order": self.order}
+        (folder / _STEPS.format(rank=self.args.process_index)).write_text(json.dumps(content), "utf-8")
+        super()._save_checkpoint(model, trial)
+
+    def resume(self, checkpoint: str) -> None:
+        """Take up what was noted until a checkpoint."""
+        file = Path(checkpoint) / _STEPS.format(rank=self.args.process_index)
+        if file.exists():
+            content = json.loads(file.read_text("utf-8"))
+            self.first_loss = content["first_loss"]
+            self.order = {int(step): text for step, text in content["order"].items()}
 
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         if self.model.training:
             step = self.state.global_step
             if step == 0 and self.first_loss is None:
-                self.first_loss = float((loss[0] if isinstance(loss, tuple) else loss).detach())
+                own = (loss[0] if isinstance(loss, tuple) else loss).detach()
+                self.first_loss = float(self.accelerator.gather(own.reshape(1)).mean())
                 self._check_first_loss()
             half = len(inputs["input_ids"]) // 2
             in_prompt = (inputs["completion_mask"] == 0) & (inputs["attention_mask"] == 1)
@@ -204,8 +246,9 @@ class _Trainer(DPOTrainer):
         return loss
 
     def _check_first_loss(self) -> None:
-        if list(self.args.loss_type) != ["sigmoid"]:
-            return
+        other = self.args.loss_weights or self.args.use_weighting or self.aux_loss_enabled
+        if list(self.args.loss_type) != ["sigmoid"] or other:
+            return  # log 2 is the sigmoid loss of a margin of 0, and of nothing else
         low = self.args.bf16 or self.args.fp16 or next(self.model.parameters()).dtype != torch.float32
         tolerance = 0.05 if low else 1e-3
         assert self.first_loss is not None
@@ -246,52 +289,64 @@ def train_policy(
 
     Raises:
         PairsError: missing or empty columns, equal answers, nothing to train on.
-        TrainingError: the first loss is not log 2; the folder holds another run.
+        TextsError: conversations, and a tokenizer without a chat template.
+        TrainingError: the first loss is not log 2; the folder holds another run; TRL refuses the arguments.
         UnsupportedModelError: a PEFT-wrapped model, or full weights of an offloaded or quantised one.
         AttachError: a Controller is attached to the model.
     """
     config = config or PolicyConfig()
     _check_base(model, config)
-    rows = read_pairs(pairs)
+    rows = _fitting(read_pairs(pairs), tokenizer, config.max_length)
     train, held_out = split(rows, config.held_out, config.seed)
     settings = {name: _plain(getattr(config, name)) for name in _SETTINGS}
-    run = {
-        "pairs": digest(rows),
-        "reverse": reverse,
-        "base": Fingerprint.of(model).digest,
-        "settings": settings,
-    }
+    run = _run(model, tokenizer, rows, config, reverse)
     folder = None if output_dir is None else Path(output_dir)
-    done = None if folder is None else _begin(folder, run)
+    with config.main_process_first(local=False, desc="the run's folder"):
+        done = None if folder is None else _begin(folder, run)
     base = _around_same_weights(model) if config.use_peft else _float32_copy(model)
     if folder is not None and done is not None:
         return _finished(folder, base, done, config)
     with tempfile.TemporaryDirectory() as scratch, _quiet(), warnings.catch_warnings():
         # PEFT asks for an attribute that transformers has deprecated.
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+        # It sets what it warns of by itself.
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)
         arguments = copy.copy(config)
         arguments.output_dir = str(folder or scratch)
         if folder is None:
             arguments.save_strategy = "no"
         arguments.disable_tqdm = config.disable_tqdm or not sys.stderr.isatty()
-        trainer = _Trainer(
-            references=references or References(),
-            reverse=reverse,
-            model=base,
-            args=arguments,
-            train_dataset=_dataset(train, reverse),
-            eval_dataset=_dataset(held_out, reverse) if held_out else None,
-            processing_class=copy.deepcopy(tokenizer),
-            peft_config=_lora(config) if config.use_peft else None,
-        )
+        arguments.precompute_ref_log_probs = True
+        try:
+            trainer = _Trainer(
+                references=references or References(),
+                reverse=reverse,
+                model=base,
+                args=arguments,
+                train_dataset=_dataset(train, reverse),
+                eval_dataset=_dataset(held_out, reverse) if held_out else None,
+                processing_class=copy.deepcopy(tokenizer),
+                peft_config=_lora(config) if config.use_peft else None,
+            )
+        except (ValueError, NotImplementedError, ImportError) as error:
+            if isinstance(error, SteerkitError):
+                raise
+            raise TrainingError(f"TRL refuses these arguments: {str(error).splitlines()[0]}") from error
         trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=None if folder is None else _last_checkpoint(folder))
+        checkpoint = None if folder is None else _last_checkpoint(folder)
+        if checkpoint is not None:
+            trainer.resume(checkpoint)
+        trainer.train(resume_from_checkpoint=checkpoint)
         figures = _figures(trainer)
+        orders = gather_object([dict(trainer.order)])
+    order = orders[0] if len(orders) == 1 else {step: str([each.get(step) for each in orders]) for step in orders[0]}
     trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
-    policy = Policy(trained, figures, tuple(trainer.state.log_history), dict(trainer.order), settings)
+    policy = Policy(trained, figures, tuple(trainer.state.log_history), order, settings)
     if folder is not None and trainer.accelerator.is_main_process:
         policy.save(folder)
-        _write_mark(folder, {**run, "figures": figures, "history": policy.history, "order": policy.order})
+        _write_mark(
+            folder, {**run, "settings": settings, "figures": figures, "history": policy.history, "order": order}
+        )
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.free_memory()
     del trainer
@@ -313,6 +368,48 @@ def check_twins(towards: Policy, away: Policy) -> None:
     for step in sorted(set(towards.order) & set(away.order)):
         if towards.order[step] != away.order[step]:
             raise TrainingError(f"Twins must see the same rows in the same order. They part at step {step}.", step=step)
+
+
+def _fitting(pairs: Sequence[Pair], tokenizer: Any, max_length: int | None) -> list[Pair]:
+    """Return the pairs whose prompt leaves room for an answer; TRL would drop the others without a word.
+
+    Raises:
+        PairsError: none of them does.
+        TextsError: conversations, and a tokenizer without a chat template.
+    """
+    lengths = [len(ids) for ids in tokenise(tokenizer, [pair["prompt"] for pair in pairs])]
+    kept = [pair for pair, length in zip(pairs, lengths, strict=True) if max_length is None or length < max_length]
+    if not kept:
+        raise PairsError(
+            f"Prompts must be shorter than max_length={max_length} tokens. Found {min(lengths)} in the shortest. Raise it."
+        )
+    if len(kept) < len(pairs):
+        warnings.warn(
+            f"{len(pairs) - len(kept)} of {len(pairs)} pairs are left out: their prompts alone have max_length={max_length} "
+            "tokens or more.",
+            SteerkitWarning,
+            stacklevel=3,
+        )
+    return kept
+
+
+def _run(model: Any, tokenizer: Any, pairs: Sequence[Pair], config: PolicyConfig, reverse: bool) -> dict[str, Any]:
+    """Return what makes a run this run and not another."""
+    fingerprint = Fingerprint.of(model)
+    arguments = {name: value for name, value in config.to_dict().items() if not name.startswith(_ELSEWHERE)}
+    vocabulary = [tokenizer.chat_template, sorted(tokenizer.get_vocab().items())]
+
+    def short(content: Any) -> str:
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    return {
+        "pairs": digest(pairs),
+        "reverse": reverse,
+        "base": [fingerprint.digest, short(fingerprint.values.tolist())],
+        "tokenizer": short(vocabulary),
+        "arguments": short(arguments),
+        "processes": config.world_size,
+    }
 
 
 def _check_base(model: Any, config: PolicyConfig) -> None:
@@ -349,7 +446,7 @@ def _lora(config: PolicyConfig) -> LoraConfig:
     return LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
+        lora_dropout=0.0,
         target_modules=config.lora_target_modules,
         use_rslora=config.use_rslora,
         task_type="CAUSAL_LM",

@@ -55,7 +55,7 @@ _PLAIN = frozenset(
 )
 """What a LoRA config may say without its product being less or more than the difference from the base."""
 
-_FRESH = ("gaussian", "orthogonal")
+_FRESH = ("gaussian", "orthogonal", "eva", "mica")
 """Named initialisations that leave the base weights as they were."""
 
 _CONV1D = ("c_attn", "q_attn", "c_fc", "c_proj")
@@ -127,8 +127,7 @@ def live_weights(model: Any) -> Source:
 
 
 def _live_adapter(model: Any) -> Source:
-    active = model.active_adapters
-    active = list(active() if callable(active) else active)
+    active = sorted({name for each in model.modules() for name in _adapters_of(each)})
     if len(active) != 1:
         raise PolicyError(f"A policy must have one active adapter. Found {active}. Call set_adapter(name).")
     [adapter] = active
@@ -154,6 +153,11 @@ def _live_adapter(model: Any) -> Source:
         shapes=decoder.shapes,
         swapped=input_output(decoder),
     )
+
+
+def _adapters_of(module: Any) -> list[str]:
+    """Return the active adapters of one adapted layer; models tell theirs in several ways, layers in one."""
+    return list(module.active_adapters) if hasattr(module, "lora_A") else []
 
 
 def input_output(decoder: Decoder) -> frozenset[str]:

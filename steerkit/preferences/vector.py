@@ -102,6 +102,7 @@ class PreferenceVector:
         """
         from steerkit.preferences.policy import References, check_twins, train_policy
 
+        _check_name(name)
         rows = read_pairs(pairs)
         folder = None if output_dir is None else Path(output_dir)
         references = References()
@@ -160,8 +161,7 @@ class PreferenceVector:
             BaseModelMismatchError: policies of different bases, with other tensors or shapes, or unequal tokenizers.
             UnsupportedModelError: weights that are offloaded or quantised.
         """
-        if not isinstance(name, str) or not name:
-            raise PolicyError(f"A preference vector needs a name. Found {name!r}. Pass name='helpful', for example.")
+        _check_name(name)
         decoder = None if model is None else find_decoder(model)
         first, second = (read_source(policy, decoder) for policy in (towards, away))
         check_one_base(first, second)
@@ -568,6 +568,11 @@ def interference(vectors: Sequence[PreferenceVector], *, rank: int = 8, matrices
     size = {name: sum(math.sqrt(inner(v.deltas[name], v.deltas[name])) for v in vectors) for name in shared}
     largest = sorted(shared, key=lambda name: -size[name])[:matrices]
     return sum(subspace_interference([v.deltas[name] for v in vectors], rank) for name in largest) / len(largest)
+
+
+def _check_name(name: Any) -> None:
+    if not isinstance(name, str) or not name:
+        raise PolicyError(f"A preference vector needs a name. Found {name!r}. Pass 'helpful', for example.")
 
 
 def _subtract(first: Source, second: Source) -> dict[str, Delta]:
