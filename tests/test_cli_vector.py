@@ -164,7 +164,10 @@ def test_mix_compresses_and_names(folder: Path) -> None:
 
 def test_merge_writes_a_checkpoint(folder: Path) -> None:
     found = told("vector", "merge", "model", "--add", "kind=0.7", "--add", "brief.safetensors=-0.3", "-o", "steered")
-    assert found == {"output": "steered", "vectors": {"kind": 0.7, "brief": -0.3}}
+    assert found == {
+        "output": "steered",
+        "vectors": [{"name": "kind", "magnitude": 0.7}, {"name": "brief", "magnitude": -0.3}],
+    }
     from transformers import AutoModelForCausalLM
 
     merged = AutoModelForCausalLM.from_pretrained("steered")

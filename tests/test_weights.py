@@ -1524,7 +1524,7 @@ def test_positions_mean_what_they_say(name: str, side: str) -> None:
             handle.remove()
         with Controller(model, vector.add(amounts, positions=positions)):
             found = forward(model, ids, mask)
-        torch.testing.assert_close(found, expected, **tolerance(name))
+        torch.testing.assert_close(found[real], expected[real], **tolerance(name))
         assert not torch.allclose(found, forward(model, ids, mask), atol=0.1)
 
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from steerkit import storage
 from steerkit.errors import BaseModelMismatchError, PolicyError
 from steerkit.maths.lowrank import Delta, add_to, parts, rows_of
-from steerkit.preferences.sources import INDEX, checkpoint_folder, shards
+from steerkit.model import Fingerprint
+from steerkit.preferences.sources import INDEX, Source, checkpoint_folder, shards
 from steerkit.preferences.vector import PreferenceVector
 
 RECIPE = "steerkit_merge.json"
@@ -77,11 +78,11 @@ def merge_checkpoint(
         for name, delta in vector.deltas.items():
             if not all(bool(part.isfinite().all()) for part in parts(delta)):
                 raise PolicyError(f"A vector must be finite. Found NaN or infinity in {name!r} of {vector.name!r}.")
-    held = checkpoint_folder(source)
+    held, files = checkpoint_folder(source), shards(source)
     for vector, _ in vectors:
-        if check_model and vector.fingerprint is not None and held.fingerprint is not None:
-            vector.fingerprint.check(held.fingerprint, repr(vector.name))
-    files = shards(source)
+        known = _as_named_by(vector, held)
+        if check_model and vector.fingerprint is not None and known is not None:
+            vector.fingerprint.check(known, repr(vector.name))
     changes = _changes(vectors, files, held.shapes)
     recipe = {
         "base": source.name,
@@ -102,6 +103,18 @@ def merge_checkpoint(
             _rewrite(file, inside / file.name, changes)
 
     storage.write_folder(folder, fill)
+
+
+def _as_named_by(vector: PreferenceVector, held: Source) -> Fingerprint | None:
+    """Return the checkpoint's fingerprint; if its names leave out that of the body, with the names of the model."""
+    known, get = held.fingerprint, held.get
+    bodies = {name.partition(".")[0] for name in vector.deltas if name not in held.shapes}
+    if known is None or get is None or len(bodies) != 1:
+        return known
+    [body] = bodies
+    names = {name if name.startswith(("lm_head.", f"{body}.")) else f"{body}.{name}": name for name in held.shapes}
+    shapes = {full: held.shapes[name] for full, name in names.items()}
+    return Fingerprint.of_weights(shapes, lambda full: get(names[full]), known.name, known.depth, known.d_model)
 
 
 def _changes(

@@ -173,7 +173,7 @@ class References:
 
     def __init__(self) -> None:
         self.known: dict[str, tuple[str, list[float], list[float]]] = {}
-        """By data set: a digest of its prompts, and the log-probabilities of chosen and rejected before any swap."""
+        """By data set: a digest of its rows, and the log-probabilities of chosen and rejected before any swap."""
 
 
 class _Trainer(DPOTrainer):
@@ -196,10 +196,13 @@ class _Trainer(DPOTrainer):
         texts = [list(dataset[column]) for column in ("prompt_ids", *(f"{side}_ids" for side in sides))]
         rows = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
         if name not in self.references.known:
-            self.references.known[name] = (rows, *self._reference(dataset, batch_size, sides))
+            first, second = self._reference(dataset, batch_size, sides)
+            self.references.known[name] = (rows, first, second)
         before, *values = self.references.known[name]
         if before != rows:
-            raise TrainingError(f"Twins must see the same pairs in the same order. The {name} pairs differ.")
+            raise TrainingError(
+                f"Twins must see the same prompts and answers in the same order. Those of the {name} data differ."
+            )
         for side, value in zip(sides, values, strict=True):
             dataset = dataset.add_column(f"ref_{side}_logps", value)
         return dataset
@@ -298,7 +301,6 @@ def train_policy(
     _check_base(model, config)
     rows = _fitting(read_pairs(pairs), tokenizer, config.max_length)
     train, held_out = split(rows, config.held_out, config.seed)
-    settings = {name: _plain(getattr(config, name)) for name in _SETTINGS}
     run = _run(model, tokenizer, rows, config, reverse)
     folder = None if output_dir is None else Path(output_dir)
     with config.main_process_first(local=False, desc="the run's folder"):
@@ -341,12 +343,10 @@ def train_policy(
         orders = gather_object([dict(trainer.order)])
     order = orders[0] if len(orders) == 1 else {step: str([each.get(step) for each in orders]) for step in orders[0]}
     trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
-    policy = Policy(trained, figures, tuple(trainer.state.log_history), order, settings)
+    policy = Policy(trained, figures, tuple(trainer.state.log_history), order, run["settings"])
     if folder is not None and trainer.accelerator.is_main_process:
         policy.save(folder)
-        _write_mark(
-            folder, {**run, "settings": settings, "figures": figures, "history": policy.history, "order": order}
-        )
+        _write_mark(folder, {**run, "figures": figures, "history": policy.history, "order": order})
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.free_memory()
     del trainer
@@ -396,7 +396,9 @@ def _fitting(pairs: Sequence[Pair], tokenizer: Any, max_length: int | None) -> l
 def _run(model: Any, tokenizer: Any, pairs: Sequence[Pair], config: PolicyConfig, reverse: bool) -> dict[str, Any]:
     """Return what makes a run this run and not another."""
     fingerprint = Fingerprint.of(model)
-    arguments = {name: value for name, value in config.to_dict().items() if not name.startswith(_ELSEWHERE)}
+    everything = config.to_dict()
+    settings = {name: _plain(getattr(config, name)) for name in _SETTINGS}
+    others = {n: value for n, value in everything.items() if n not in _SETTINGS and not n.startswith(_ELSEWHERE)}
     vocabulary = [tokenizer.chat_template, sorted(tokenizer.get_vocab().items())]
 
     def short(content: Any) -> str:
@@ -407,7 +409,8 @@ def _run(model: Any, tokenizer: Any, pairs: Sequence[Pair], config: PolicyConfig
         "reverse": reverse,
         "base": [fingerprint.digest, short(fingerprint.values.tolist())],
         "tokenizer": short(vocabulary),
-        "arguments": short(arguments),
+        "settings": settings,
+        "arguments": short(others),
         "processes": config.world_size,
     }
 

@@ -470,7 +470,8 @@ def test_prompts_that_fill_max_length_leave_nothing_to_train_on() -> None:
         train_policy(tiny_model("llama"), tokenizer(), PAIRS, config=config(max_length=2))
 
 
-def test_held_out_prompts_that_fill_max_length_leave_no_figures() -> None:
+@pytest.mark.filterwarnings("ignore:.*pairs are left out:steerkit.errors.SteerkitWarning")
+def test_held_out_prompts_that_fill_max_length_are_not_what_is_measured() -> None:
     rows = [*PAIRS[:12], *({**PAIRS[0], "prompt": " ".join(["w5"] * 20 + [f"w{i}"])} for i in range(8))]
     long = {row["prompt"] for row in rows[12:]}
     seed = next(s for s in range(5000) if {row["prompt"] for row in split(rows, 0.1, s)[1]} <= long)
@@ -480,7 +481,8 @@ def test_held_out_prompts_that_fill_max_length_leave_no_figures() -> None:
         )
     except SteerkitError:
         return
-    assert trained.figures["pairs"] == 0
+    # What cannot be measured is left out before the split, so that something is.
+    assert trained.figures["pairs"] >= 1
 
 
 # Other models.
