@@ -76,7 +76,7 @@ def merge_checkpoint(
         if not math.isfinite(magnitude):
             raise PolicyError(f"A magnitude must be a finite number. Found {magnitude} for {vector.name!r}.")
         for name, delta in vector.deltas.items():
-            if not all(bool(part.isfinite().all()) for part in parts(delta)):
+            if not all(bool(part.sum().isfinite()) for part in parts(delta)):
                 raise PolicyError(f"A vector must be finite. Found NaN or infinity in {name!r} of {vector.name!r}.")
     held, files = checkpoint_folder(source), shards(source)
     for vector, _ in vectors:

@@ -79,8 +79,8 @@ class Source:
     get: Callable[[str], Tensor] | None = None
     swapped: frozenset[str] = frozenset()
     """Weights that their modules keep as `"input output"`."""
-    vocabulary: str | None = None
-    """What the tokenizer beside the weights knows, as text."""
+    vocabulary: Callable[[], str | None] = lambda: None
+    """Reads what the tokenizer beside the weights knows, as text."""
 
 
 def read_source(policy: Any, base: Decoder | None = None) -> Source:
@@ -367,9 +367,10 @@ def checkpoint_folder(folder: Path) -> Source:
         # A tied head that was saved all the same is the embedding again.
         shapes = {name: shape for name, shape in shapes.items() if not name.endswith("lm_head.weight")}
 
+    opened = {file: safe_open(file, framework="pt") for file in sorted(set(files.values()))}
+
     def get(name: str) -> Tensor:
-        with safe_open(files[name], framework="pt") as opened:
-            return opened.get_tensor(name)
+        return opened[files[name]].get_tensor(name)
 
     known = None
     swapped: frozenset[str] = frozenset()
@@ -390,7 +391,7 @@ def checkpoint_folder(folder: Path) -> Source:
         shapes=shapes,
         get=lambda name: get(name).float(),
         swapped=swapped,
-        vocabulary=_vocabulary(folder),
+        vocabulary=lambda: _vocabulary(folder),
     )
 
 
@@ -426,7 +427,8 @@ def check_one_base(first: Source, second: Source) -> None:
         whole = first.changes is None and second.changes is None
         # Whole weights have been trained, so only names and shapes must agree; beside an adapter they are its base.
         (first.fingerprint.without_values() if whole else first.fingerprint).check(second.fingerprint, first.what)
-    if first.vocabulary and second.vocabulary and first.vocabulary != second.vocabulary:
+    vocabularies = {text for text in (first.vocabulary(), second.vocabulary()) if text is not None}
+    if len(vocabularies) > 1:
         raise BaseModelMismatchError(
             f"Both policies must have one tokenizer. Those of {first.what} and {second.what} differ. Use twins of one base."
         )
