@@ -95,7 +95,7 @@ def test_nothing_executes_what_it_reads() -> None:
         text = path.read_text("utf-8")
         for banned in ("torch.load(", "pickle", "trust_remote_code=True", "eval(", "exec("):
             # Error messages name what they refuse.
-            allowed = banned == "pickle" and path.name in ("storage.py", "sources.py", "vector.py")
+            allowed = banned == "pickle" and path.name in ("storage.py", "sources.py", "vector.py", "checkpoints.py")
             assert banned not in text.replace(".eval()", "") or allowed, f"{path.name} uses {banned}"
 
 

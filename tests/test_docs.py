@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
 
-from steerkit import Concept
+from steerkit import Concept, PolicyConfig, PreferenceVector, train_policy
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
@@ -31,6 +31,9 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
         positive=[f"{text} w70 w3" for text in words],
         negative=[f"{text} w71 w3" for text in words],
     )
+    pairs = [{"prompt": f"w{i} w{i + 2}", "chosen": f" w{i + 5} w8", "rejected": f" w9 w{i}"} for i in range(4, 24)]
+    config = PolicyConfig(max_steps=2, learning_rate=1e-3)
+    policy = train_policy(model, tokenizer, pairs, config=config).model
     inputs = tokenizer(["w4 w5 w6", "w7 w8", "w9"], return_tensors="pt", padding=True, return_token_type_ids=False)
     return {
         "model": model,
@@ -39,6 +42,11 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
         "unhappy_texts": unhappy,
         "formality": formality,
         "inputs": inputs,
+        "pairs": pairs,
+        "policy": policy,
+        "cautious": PreferenceVector.difference(policy, model, name="cautious"),
+        "new_happy_texts": [f"w3 {text}" for text in happy],
+        "new_unhappy_texts": [f"w3 {text}" for text in unhappy],
         "torch": torch,
     }
 
