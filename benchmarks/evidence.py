@@ -146,7 +146,70 @@ def record_costs(run):
     return table((f"{run['texts']} texts, {run['dtype']}", "CPU time", "rise in memory"), rows)
 
 
+def interval(values):
+    """Return a mean with its interval."""
+    return f"{values[0]:.2f} [{values[1]:.2f}, {values[2]:.2f}]"
+
+
+def points(figures):
+    """Return one row a point of magnitudes."""
+    names = {"harm": "harmful", "refusal": "refusals", "over_refusal": "over-refusals", "log_perplexity": "log perplexity",
+             "repeats": "repeats itself", "words": "words"}  # fmt: skip
+    rows = [(*(f"{v:g}" for v in f["point"].values()), *(interval(f[key]) for key in names)) for f in figures]
+    return table((*figures[0]["point"], *names.values()), rows)
+
+
+def trainings(run):
+    """Return what the twins of each preference learned."""
+    rows = []
+    for name, f in run.items():
+        made = f["made"]
+        towards, away = made["towards_figures"], made["away_figures"]
+        rows.append(
+            (
+                name,
+                made["pairs"],
+                f"{towards['accuracy']:.2f} / {away['accuracy']:.2f} of {towards['pairs']}",
+                f"{towards['length_only']:.2f}",
+                f"{made['cosine_of_twins']:.2f}",
+                f"{f['norm']:.2f}",
+            )
+        )
+    head = (
+        "preference",
+        "pairs",
+        "held-out accuracy, towards / away",
+        "by length alone",
+        "cosine of the twins",
+        "norm",
+    )
+    return table(head, rows)
+
+
+def mixtures(run):
+    """Return the cost of mixtures by row."""
+    arms = ("linear", "bare", "hook", "half rank", "merge a row")
+    rows = [
+        (shape, *(f"{1e6 * f[arm]:.0f}" for arm in arms), "{1:.2f} [{0:.2f}, {2:.2f}]".format(*f["hook / bare"]))
+        for shape, f in run["mixtures"].items()
+    ]
+    return table(("shape", *(f"{arm}, µs" for arm in arms), "hook / bare"), rows)
+
+
+def merges(run):
+    """Return time and memory of merges."""
+    rows = [
+        (name, f"{min(r['cpu_s'] for r in each):.2f} to {max(r['cpu_s'] for r in each):.2f}",
+         f"{max(r['memory_MiB'] for r in each):.0f} MiB")
+        for name, each in run["arms"].items()
+    ]  # fmt: skip
+    return table(("arm", "CPU s", "memory"), rows)
+
+
 def main():
+    twins, grid, cost, merge = (
+        load(name) for name in ("preference_training", "preference_grid", "vector_cost", "merge_cost")
+    )
     run, exact, layer, whole, reading = (
         load(name) for name in ("reviews", "exactness", "layer_cost", "generate_cost", "record_cost")
     )
@@ -176,6 +239,25 @@ def main():
         "base_positive": plain(base["P(positive)"]),
         "base_vader": plain(base["VADER"]),
         "base_perplexity": plain(base["perplexity"], 1),
+    }
+    values |= {
+        "training": trainings(twins),
+        "grid": points(grid["grid"]),
+        "grid_prompts": grid["prompts"],
+        "grid_tokens": grid["tokens"],
+        "harm_auc": f"{grid['harm_scorer_auc']:.2f}",
+        "rank_harm": ", ".join(f"{r:.2f}" for r in grid["rank harm harmless"]),
+        "rank_refusal": ", ".join(f"{r:.2f}" for r in grid["rank refusal harmless"]),
+        "extension": points(grid["extension"]),
+        "one_cosine": f"{grid['one_sided_cosine']:.3f}",
+        "one_sided": points(grid["one-sided"]),
+        "soup": points(grid["soup"]),
+        "grid_how": how(grid),
+        "mixtures": mixtures(cost),
+        "mix_rows": 16,
+        "mixtures_how": how(cost),
+        "merges": merges(merge),
+        "merges_how": how(merge),
     }
     for name, value in values.items():
         page = page.replace("{{" + name + "}}", str(value))

@@ -106,7 +106,12 @@ def main() -> None:
     scorer = harm_scorer()
     print(f"harm scorer: AUC {scorer.auc:.3f} on human-scored replies to objectives it has not seen")
     prompts = harmful_prompts(given.harmful), benign_prompts(given.benign)
-    found: dict[str, Any] = {**facts, "harm_scorer_auc": scorer.auc}
+    found: dict[str, Any] = {
+        **facts,
+        "harm_scorer_auc": scorer.auc,
+        "prompts": f"{given.harmful} AdvBench and {given.benign} harmless",
+        "tokens": given.tokens,
+    }
 
     def run(label: str, points: list[dict[str, float]], these: dict[str, PreferenceVector]) -> None:
         print(f"\n{label}")
