@@ -371,6 +371,7 @@ def generate(
             for row, ids in enumerate(new)
         ]
         for name, by_layer in magnitudes.items()
+        if by_layer  # what is written into the weights has no magnitude by row
     }
     _print_generations(prompts, answers, doses, as_json)
 
@@ -555,11 +556,11 @@ def _artefact(path: Path, direction: str | None) -> "Concept | PreferenceVector"
     return found if isinstance(found, PreferenceVector) else _concept(path, direction)
 
 
-def _vector(path: Path, model: Any = None) -> "PreferenceVector":
+def _vector(path: Path) -> "PreferenceVector":
     from steerkit.loading import load
     from steerkit.preferences.vector import PreferenceVector
 
-    found = load(path, model)
+    found = load(path)
     if not isinstance(found, PreferenceVector):
         raise ArtefactError(
             f"{path} must hold a preference vector. Found {type(found).__name__}. Use `steerkit vector train`."

@@ -201,7 +201,7 @@ class Controller:
         for each in self.interventions:
             hooks = [hook for hook in self._sites if each in hook.interventions]
             reached = [hook.reached[hook.interventions.index(each)] for hook in hooks]
-            if hooks and not any(reached):
+            if not any(reached) and (hooks or not self._ran):
                 layers = f"layers {min(each.layers)}..{max(each.layers)}" if each.layers else "no layer"
                 raise NotReachedError(
                     f"{each.name!r} reached no row: {self._why_not(each)} while the Controller was attached at {layers}. "

@@ -23,27 +23,25 @@ class Fold:
         self._model = model
         self.changes = changes
         """By parameter: what changes it, and by how much for a magnitude of 1."""
-        self._parameters: dict[str, Tensor] = {}
         self._saved: dict[str, Tensor] = {}
         self._sums: dict[str, int] = {}
-        self._find()
+        self._live()
 
     def __bool__(self) -> bool:
         return bool(self.changes)
 
-    def _find(self) -> None:
-        """Take the parameters as they are now: loading weights may have put others in their place."""
+    def _live(self) -> dict[str, Tensor]:
+        """Return the parameters as they are now: loading, moving or casting puts others in their place."""
         there = dict(base_parameters(self._model)) if self.changes else {}
         for name in self.changes:
             refuse_unwritable(name, there.get(name))
-        self._parameters = {name: there[name].detach() for name in self.changes}
+        return {name: there[name].detach() for name in self.changes}
 
     def save(self) -> None:
         """Keep every original."""
-        self._find()
         self._model.__dict__.setdefault(ORIGINALS, []).append(self._saved)
         with torch.no_grad():
-            for name, parameter in self._parameters.items():
+            for name, parameter in self._live().items():
                 self._sums[name] = checksum(parameter)
                 self._saved[name] = parameter.clone()
 
@@ -55,20 +53,22 @@ class Fold:
         """
         self.refuse_covered()
         with torch.no_grad():
-            for name, parameter in self._parameters.items():
+            for name, parameter in self._live().items():
                 changes = [
                     (float(each.column(amounts[each.name].values, each.layer_of[name])[0]), delta)
                     for each, delta in self.changes[name]
                 ]
-                add_to(self._saved[name], changes, parameter)
+                add_to(self._saved[name].to(parameter), changes, parameter)
 
     def restore(self) -> None:
         """Put the originals back and prove it."""
         changed = []
+        live = self._live()
         with torch.no_grad():
             for name, original in self._saved.items():
-                self._parameters[name].copy_(original)
-                if checksum(self._parameters[name]) != self._sums[name]:
+                same = (live[name].dtype, live[name].device) == (original.dtype, original.device)
+                live[name].copy_(original)
+                if checksum(live[name]) != (self._sums[name] if same else checksum(original.to(live[name]))):
                     changed.append(name)
         attached = self._model.__dict__[ORIGINALS]
         attached[:] = [saved for saved in attached if saved is not self._saved]
@@ -85,7 +85,7 @@ class Fold:
         """Raise if a Controller that was attached later still has its changes in these weights."""
         attached = self._model.__dict__.get(ORIGINALS, [])
         place = next((index for index, saved in enumerate(attached) if saved is self._saved), len(attached))
-        if any(set(self._parameters) & set(later) for later in attached[place + 1 :]):
+        if any(set(self.changes) & set(later) for later in attached[place + 1 :]):
             raise AttachError(
                 "Weights that an inner Controller has written may not be changed beneath it. Found an outer one that "
                 "wants to. Detach the inner Controller first."

@@ -263,12 +263,21 @@ class Concept:
 
         Raises:
             LayerError: no recorded layer has a probe.
+            TextsError: recordings that were read at other tokens.
+            BaseModelMismatchError: recordings of another base model.
         """
         shared = [layer for layer in self.layers if layer in positive.layers and layer in negative.layers]
         if not shared:
             raise LayerError(
                 f"Recordings must hold a probed layer, one of {self.layers}. Found {positive.layers}. Record it."
             )
+        for states in (positive, negative):
+            if states.read != self.made.get("read", states.read):
+                raise TextsError(
+                    f"Recordings must be read as the probe's were, {self.made['read']!r}. Found {states.read!r}. Record anew."
+                )
+            if self.fingerprint is not None and states.fingerprint is not None:
+                self.fingerprint.check(states.fingerprint, repr(self.name))
         found = {}
         for layer in shared:
             probe = self.probes[layer]

@@ -163,9 +163,7 @@ def _untouched(one: Run) -> float:
     return float((cells == 0).float().mean())
 
 
-def _values(
-    concepts: Sequence[Concept], runs: Sequence[Run], each: Run, ladder: Sequence[float]
-) -> dict[str, str]:
+def _values(concepts: Sequence[Concept], runs: Sequence[Run], each: Run, ladder: Sequence[float]) -> dict[str, str]:
     plain, up, both = runs
     sentiment = concepts[0]
     short = [prompt if len(prompt) < 30 else prompt[:28] + "…" for prompt in PROMPTS]

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -43,6 +42,7 @@ from steerkit.preferences.pairs import Pair, Pairs, digest, length_only_accuracy
 from steerkit.preferences.sources import Source, read_source
 
 try:
+    from accelerate.utils import gather_object
     from datasets import Dataset
     from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
     from peft import LoraConfig, PeftModel
@@ -284,7 +284,8 @@ def train_policy(
         model: the base model.
         tokenizer: its tokenizer; not changed.
         pairs: `prompt`, `chosen`, `rejected`, strings or conversations: a list of dicts, a `datasets.Dataset`, or the path
-            of a JSON-lines or Parquet file.
+            of a JSON-lines or Parquet file. Strings are joined as they are (an answer brings its own leading space);
+            for a chat model pass the prompt as messages, and its template is applied.
         config: TRL's arguments; its `output_dir` is not used.
         output_dir: folder for checkpoints, the adapter and the figures; without one nothing is kept on disk.
         reverse: train on the swapped pairs.

@@ -16,9 +16,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from steerkit.errors import BaseModelMismatchError, PolicyError, UnsupportedModelError
+from steerkit.errors import (
+    AttachError,
+    BaseModelMismatchError,
+    MissingDependencyError,
+    PolicyError,
+    UnsupportedModelError,
+)
 from steerkit.maths.lowrank import LowRank, scaled, transposed
-from steerkit.model import Decoder, Fingerprint, find_decoder, unwrap
+from steerkit.model import ORIGINALS, Decoder, Fingerprint, find_decoder, unwrap
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -110,6 +116,10 @@ def read_source(policy: Any, base: Decoder | None = None) -> Source:
 def live_weights(model: Any) -> Source:
     """Return the weights of a model without what adapters add to them."""
     decoder = find_decoder(model)
+    if ORIGINALS in decoder.model.__dict__:
+        raise AttachError(
+            "Weights are read from a model at rest. Found a Controller that has written them. Detach it first."
+        )
     parameters = decoder.parameters
     for name, parameter in parameters.items():
         if parameter.device.type == "meta" or not parameter.is_floating_point():
@@ -222,8 +232,12 @@ def _json(file: Path, what: str) -> Any:
 
 
 def _adapter_folder(folder: Path, base: Decoder | None) -> Source:
-    from peft import LoraConfig
-
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"Adapter folders are read with peft. Found {error}. Run: pip install 'steerkit-sdk[train]'."
+        ) from error
     file = folder / ADAPTER_CONFIG
     raw = _json(file, "a LoRA config")
     kind = raw.get("peft_type")
@@ -343,11 +357,15 @@ def checkpoint_folder(folder: Path) -> Source:
     """Return the weights of a checkpoint folder, to be read one tensor at a time."""
     files = shards(folder)
     shapes: dict[str, torch.Size] = {}
+    buffers: set[str] = set()
     try:
         for file in sorted(set(files.values())):
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118  (not a dict)
                     part = opened.get_slice(name)
+                    if files.get(name) == file and _is_buffer(name, part):
+                        buffers.add(name)
+                        continue
                     if files.get(name) == file and part.get_dtype() in ("F64", "F32", "F16", "BF16"):
                         shapes[name] = torch.Size(part.get_shape())
                     elif files.get(name) == file:
@@ -357,7 +375,7 @@ def checkpoint_folder(folder: Path) -> Source:
                         )
     except (SafetensorError, OSError) as error:
         raise PolicyError(f"{folder} must hold safetensors files. One cannot be read: {error!s:.120}.") from error
-    lost = sorted(set(files) - set(shapes))
+    lost = sorted(set(files) - set(shapes) - buffers)
     if lost:
         raise PolicyError(f"{folder} must hold the tensors that its index names. {lost[0]!r} is missing.")
     if not shapes:
@@ -393,6 +411,12 @@ def checkpoint_folder(folder: Path) -> Source:
         swapped=swapped,
         vocabulary=lambda: _vocabulary(folder),
     )
+
+
+def _is_buffer(name: str, part: Any) -> bool:
+    """Whether a tensor of an older checkpoint is a mask or a table and no parameter."""
+    mask = name.endswith((".attn.bias", ".attention.bias")) and len(part.get_shape()) == 4
+    return mask or name.endswith((".inv_freq", ".masked_bias")) or part.get_dtype() == "BOOL"
 
 
 def _config(folder: Path) -> Any:

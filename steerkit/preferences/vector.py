@@ -163,7 +163,11 @@ class PreferenceVector:
         """
         _check_name(name)
         decoder = None if model is None else find_decoder(model)
-        first, second = (read_source(policy, decoder) for policy in (towards, away))
+        # PEFT puts an adapter into the very model that it is given: as the other side it stands for the base.
+        inside = {id(unwrap(policy)) for policy in (towards, away) if hasattr(policy, "get_base_model")}
+        first, second = (
+            live_weights(policy) if id(policy) in inside else read_source(policy, decoder) for policy in (towards, away)
+        )
         check_one_base(first, second)
         deltas = {key: delta for key, delta in _subtract(first, second).items() if _nonzero(key, delta)}
         if not deltas:
@@ -206,7 +210,7 @@ class PreferenceVector:
 
     @property
     def kept_energy(self) -> float:
-        """The share of the squared norm that `compress` has kept; 1 for a vector that was never compressed."""
+        """The share of the squared norm that `compress` has kept, in a sum the least of its terms'; 1 if nothing was cut."""
         return float(self.made.get("kept_energy", 1.0))
 
     @property
@@ -224,7 +228,9 @@ class PreferenceVector:
             for name in (*self.deltas, *(name for name in other.deltas if name not in self.deltas))
         }
         name = self.name if self.name == other.name else f"{self.name}+{other.name}"
-        made = {"sum": [dict(self.made), dict(other.made)]}
+        made: dict[str, Any] = {"sum": [dict(self.made), dict(other.made)]}
+        if min(self.kept_energy, other.kept_energy) < 1:
+            made["kept_energy"] = min(self.kept_energy, other.kept_energy)
         return PreferenceVector(
             name, deltas, self.fingerprint or other.fingerprint, made, self.transposed | other.transposed
         )
@@ -403,8 +409,8 @@ class PreferenceVector:
 
         Raises:
             BaseModelMismatchError: the vector was made on another base model, or for other shapes.
-            UnsupportedModelError: a PEFT-wrapped, offloaded or quantised model.
-            AttachError: a Controller is attached to the model.
+            UnsupportedModelError: an offloaded or quantised model.
+            AttachError: an adapter is in the model, or a Controller is attached to it.
         """
         decoder = find_decoder(model)
         if decoder.model is not model or any(".base_layer." in name for name, _ in model.named_parameters()):
