@@ -191,7 +191,7 @@ class Controller:
 
         Raises:
             AttachError: not attached.
-            NotReachedError: an intervention reached no row while attached.
+            NotReachedError: an intervention reached no row while attached; written weights need no pass.
         """
         if self._stack is None:
             raise AttachError("Only an attached Controller can be detached. Found it detached. Use `with` or attach().")
@@ -201,7 +201,7 @@ class Controller:
         for each in self.interventions:
             hooks = [hook for hook in self._sites if each in hook.interventions]
             reached = [hook.reached[hook.interventions.index(each)] for hook in hooks]
-            if not any(reached) and (hooks or not self._ran):
+            if hooks and not any(reached):  # what is written into the weights has reached them
                 layers = f"layers {min(each.layers)}..{max(each.layers)}" if each.layers else "no layer"
                 raise NotReachedError(
                     f"{each.name!r} reached no row: {self._why_not(each)} while the Controller was attached at {layers}. "

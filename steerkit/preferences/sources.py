@@ -416,7 +416,7 @@ def checkpoint_folder(folder: Path) -> Source:
 def _is_buffer(name: str, part: Any) -> bool:
     """Whether a tensor of an older checkpoint is a mask or a table and no parameter."""
     mask = name.endswith((".attn.bias", ".attention.bias")) and len(part.get_shape()) == 4
-    return mask or name.endswith((".inv_freq", ".masked_bias")) or part.get_dtype() == "BOOL"
+    return mask or name.endswith((".inv_freq", ".masked_bias"))
 
 
 def _config(folder: Path) -> Any:
