@@ -256,6 +256,10 @@ def main():
         "mixtures": mixtures(cost),
         "mix_rows": 16,
         "mixtures_how": how(cost),
+        "fold_bytes": round(cost["fold"]["dense"]["bytes"] / 1e6),
+        "fold_low": round(1e3 * cost["fold"]["low rank"]["fold and undo"]),
+        "fold_dense": round(1e3 * cost["fold"]["dense"]["fold and undo"]),
+        "fold_copy": round(1e3 * cost["fold"]["dense"]["clone"]),
         "merges": merges(merge),
         "merges_how": how(merge),
     }
