@@ -10,6 +10,7 @@ runs of TRL's DPO trainer with its own defaults, same adapter, rows and steps. C
 """
 
 import statistics
+import tempfile
 import time
 import warnings
 from typing import Any
@@ -140,7 +141,7 @@ def training(steps: int) -> dict[str, Any]:
         for rows in (pairs, swapped(pairs)):
             model, tokenizer = load_model()
             args = DPOConfig(
-                output_dir="/tmp/steerkit-trl",
+                output_dir=scratch,
                 max_steps=steps,
                 max_length=160,
                 learning_rate=2e-4,
@@ -156,7 +157,7 @@ def training(steps: int) -> dict[str, Any]:
             ).train()
 
     seconds: dict[str, float] = {}
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as scratch:
         warnings.simplefilter("ignore")
         for name, arm in (("fit", ours), ("two TRL runs", theirs)):
             start = time.process_time()

@@ -31,8 +31,8 @@ class Controller:
     At a site, additions act in the order of the list, then all constraints and erasures are met together. Preference
     vectors act on what linear modules put out, so each row has its own mixture of weights; what no output can stand for
     (norms, embeddings, experts kept as one tensor) is written into the weights while attached, with a magnitude that all
-    samples share. Controllers nest; the inner one acts after the outer one at each site, so bounds that must hold together belong into one. While
-    attached, a model serves one thread at a time.
+    samples share. Controllers nest; the inner one acts after the outer one at each site, so bounds that must hold together
+    belong into one. While attached, a model serves one thread at a time.
 
     Args:
         model: a causal language model, plain or PEFT-wrapped, sharded or not.
