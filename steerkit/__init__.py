@@ -19,8 +19,11 @@ if TYPE_CHECKING:
     from steerkit.concepts.probe import Probe as Probe
     from steerkit.controller import Controller as Controller
     from steerkit.errors import SteerkitError as SteerkitError
+    from steerkit.gapo.trainer import GAPOConfig as GAPOConfig
+    from steerkit.gapo.trainer import GAPOTrainer as GAPOTrainer
     from steerkit.intervention import Intervention as Intervention
     from steerkit.loading import load as load
+    from steerkit.maths.pareto import gapo_weights as gapo_weights
     from steerkit.preferences.policy import PolicyConfig as PolicyConfig
     from steerkit.preferences.policy import train_policy as train_policy
     from steerkit.preferences.vector import PreferenceVector as PreferenceVector
@@ -29,11 +32,14 @@ _HOMES = {
     "Activations": "activations",
     "Concept": "concepts.concept",
     "Controller": "controller",
+    "GAPOConfig": "gapo.trainer",
+    "GAPOTrainer": "gapo.trainer",
     "Intervention": "intervention",
     "PolicyConfig": "preferences.policy",
     "PreferenceVector": "preferences.vector",
     "Probe": "concepts.probe",
     "SteerkitError": "errors",
+    "gapo_weights": "maths.pareto",
     "load": "loading",
     "record": "activations",
     "train_policy": "preferences.policy",
@@ -43,11 +49,14 @@ __all__ = [
     "Activations",
     "Concept",
     "Controller",
+    "GAPOConfig",
+    "GAPOTrainer",
     "Intervention",
     "PolicyConfig",
     "PreferenceVector",
     "Probe",
     "SteerkitError",
+    "gapo_weights",
     "load",
     "record",
     "train_policy",

@@ -9,8 +9,10 @@
     ├── LayerError (IndexError)               a layer that does not exist
     ├── MissingDependencyError (ImportError)  an optional package that is not installed
     ├── NotReachedError (RuntimeError)        a steering request that no row received
+    ├── ObjectiveError (ValueError)           objectives, weights or a Gramian that cannot be combined
     ├── PairsError (ValueError)               preference pairs that cannot be trained on
     ├── PolicyError (ValueError)              a policy that no preference vector can be taken from
+    ├── RewardError (ValueError)              a reward function that failed, or what it returned
     ├── SamplesError (ValueError)             amounts for another number of samples than the batch has
     ├── TextsError (ValueError)               texts that cannot be read or fitted
     ├── TrainingError (RuntimeError)          a training run that broke one of its promises
@@ -64,12 +66,20 @@ class NotReachedError(SteerkitError, RuntimeError):
     """No forward pass took an intervention to any position."""
 
 
+class ObjectiveError(SteerkitError, ValueError):
+    """Objectives cannot be combined: a preference off the simplex, a negative power, no Gramian, no parameters."""
+
+
 class PairsError(SteerkitError, ValueError):
     """Preference pairs are missing, incomplete, equal on both sides, or too few."""
 
 
 class PolicyError(SteerkitError, ValueError):
     """A policy's change of the weights cannot be read, is zero, is not finite, or is not of the form asked for."""
+
+
+class RewardError(SteerkitError, ValueError):
+    """A reward function raised, or returned NaN, infinity, no number, or another number of rewards than completions."""
 
 
 class SamplesError(SteerkitError, ValueError):

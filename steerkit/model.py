@@ -6,6 +6,7 @@ watched; a model that breaks the promise is refused with what was seen. The same
 reach row by row.
 """
 
+import copy
 import hashlib
 import inspect
 import re
@@ -121,6 +122,15 @@ def unwrap(model: Any) -> Any:
             model = model.module
         else:
             return model
+
+
+def around_same_weights(model: nn.Module) -> Any:
+    """Return a second tree of modules, with a config and buffers of its own, around the very same weights."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        plain = type(parameter) is nn.Parameter
+        memo[id(parameter)] = nn.Parameter(parameter.data, parameter.requires_grad) if plain else parameter
+    return copy.deepcopy(model, memo)
 
 
 def find_decoder(model: Any) -> Decoder:

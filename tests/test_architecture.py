@@ -13,7 +13,7 @@ ROWS = [
     ["errors", "types", "maths"],
     ["model", "hooks", "storage"],
     ["intervention", "conditions", "activations"],
-    ["sites", "fold", "concepts", "preferences", "gapo.gradients"],
+    ["sites", "fold", "concepts", "preferences", "gapo.gradients", "gapo.rewards"],
     ["controller", "evaluation", "loading", "gapo.trainer"],
     ["plots", "demo", "cli", "integrations"],
 ]

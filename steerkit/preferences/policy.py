@@ -37,7 +37,7 @@ from steerkit.errors import (
     TrainingError,
     UnsupportedModelError,
 )
-from steerkit.model import Fingerprint, find_decoder
+from steerkit.model import Fingerprint, around_same_weights, find_decoder
 from steerkit.preferences.pairs import Pair, Pairs, digest, length_only_accuracy, read_pairs, split, swapped
 from steerkit.preferences.sources import Source, read_source
 
@@ -306,7 +306,7 @@ def train_policy(
     folder = None if output_dir is None else Path(output_dir)
     with config.main_process_first(local=False, desc="the run's folder"):
         done = None if folder is None else _begin(folder, run)
-    base = _around_same_weights(model) if config.use_peft else _float32_copy(model)
+    base = around_same_weights(model) if config.use_peft else _float32_copy(model)
     if folder is not None and done is not None:
         return _finished(folder, base, done, config)
     with tempfile.TemporaryDirectory() as scratch, _quiet(), warnings.catch_warnings():
@@ -430,15 +430,6 @@ def _check_base(model: Any, config: PolicyConfig) -> None:
                 f"Training needs the weights in memory, and full training needs them unquantised. Found {name!r} on "
                 f"{parameter.device} as {parameter.dtype}. Load the model whole, or use LoRA."
             )
-
-
-def _around_same_weights(model: nn.Module) -> Any:
-    """Return a second tree of modules, with a config and buffers of its own, around the very same weights."""
-    memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        plain = type(parameter) is nn.Parameter
-        memo[id(parameter)] = nn.Parameter(parameter.data, parameter.requires_grad) if plain else parameter
-    return copy.deepcopy(model, memo)
 
 
 def _float32_copy(model: nn.Module) -> Any:

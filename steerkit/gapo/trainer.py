@@ -1,0 +1,565 @@
+"""GAPO on TRL's GRPO trainer: a few overrides that call it, so that everything else stays TRL's."""
+
+import copy
+import math
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steerkit.errors import MissingDependencyError, ObjectiveError, RewardError, SteerkitWarning, TrainingError
+from steerkit.gapo.gradients import Geometry, Gradients, Pass, Update, last_output, pull, scope_of, update_for
+from steerkit.gapo.rewards import checked
+from steerkit.maths.pareto import check_power, check_preference, gapo_weights
+from steerkit.model import around_same_weights
+
+try:
+    from trl.trainer.grpo_config import GRPOConfig
+    from trl.trainer.grpo_trainer import GRPOTrainer
+except ImportError as error:
+    raise MissingDependencyError(
+        f"Training needs trl, peft and datasets. Found {error}. Run: pip install 'steerkit-sdk[train]'."
+    ) from error
+
+WEIGHTINGS = ("gapo", "mgda", "linear", "gdpo")
+_MODES = ("two_pass", "exact")
+_ESTIMATES = ("full", "split_half")
+
+
+@dataclass
+class GAPOConfig(GRPOConfig):
+    """TRL's `GRPOConfig` with what GAPO adds; every one of its arguments may be given."""
+
+    power: float = field(default=1.0, metadata={"help": "p of the norm that each gradient is divided by; at least 0."})
+    preference: list[float] | None = field(
+        default=None, metadata={"help": "One share for each objective, of sum 1: P-GAPO, which has no common descent."}
+    )
+    weighting: Any = field(
+        default="gapo",
+        metadata={
+            "help": "'gapo'; 'mgda': p = 0; 'linear': `reward_weights`; 'gdpo': TRL's normalise-then-sum; or a callable from "
+            "the Gramian to weights, such as TorchJD's."
+        },
+    )
+    gram_mode: str = field(
+        default="two_pass",
+        metadata={
+            "help": "'two_pass': weights from the gradients in `gram_scope`, then one ordinary step with re-weighted "
+            "advantages; 'exact': the weighted sum of all gradients is the step."
+        },
+    )
+    gram_scope: str | None = field(
+        default=None,
+        metadata={
+            "help": "What the Gramian is taken over: 'trainable', 'lora', 'last_block' or a pattern of names. If None the last "
+            "block, as in the paper, in two passes, and everything in exact mode."
+        },
+    )
+    gram_estimate: str = field(
+        default="full",
+        metadata={"help": "'split_half': products across two halves of the samples, which noise does not inflate."},
+    )
+    match_norm: bool = field(
+        default=True, metadata={"help": "Give the update the length of the linear one, whatever p is."}
+    )
+    kl_inside_objectives: bool = field(
+        default=True,
+        metadata={
+            "help": "KL (and an entropy bonus) belongs to each objective, as in the paper; False adds it once, outside: then "
+            "no descent is promised for the penalised objectives."
+        },
+    )
+    scale_rewards: str = field(
+        default="none",
+        metadata={
+            "help": "Each objective's advantages are centred in the group; 'group' or 'batch' divides them by their deviation "
+            "too, which is most of what p = 1 does."
+        },
+    )
+    gradient_checkpointing: bool | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Less memory for one more forward pass an objective; off, other than TRL's."}
+    )
+    report_to: str | list[str] = field(default="none", metadata={"help": "Nothing leaves the machine unless asked."})
+    logging_steps: float = field(default=1, metadata={"help": "Every step is logged."})
+    dataloader_pin_memory: bool = field(
+        default_factory=torch.cuda.is_available, metadata={"help": "Where there is a device to copy to."}
+    )
+
+    def __post_init__(self) -> None:
+        check_power(self.power)
+        for name, value, known in (
+            ("gram_mode", self.gram_mode, _MODES),
+            ("gram_estimate", self.gram_estimate, _ESTIMATES),
+            ("weighting", self.weighting, WEIGHTINGS),
+        ):
+            if value not in known and not (name == "weighting" and callable(value)):
+                raise ObjectiveError(f"{name} must be one of {', '.join(known)}. Found {value!r}.")
+        if self.preference is not None:
+            check_preference(self.preference)
+            if self.power != 1 or self.weighting != "gapo":
+                raise ObjectiveError(
+                    "A preference asks for P-GAPO, which has power=1 and weighting='gapo'. Found "
+                    f"power={self.power} and weighting={self.weighting!r}. Leave one of them out."
+                )
+        if self.weighting == "gdpo":
+            self.multi_objective_aggregation = "normalize_then_sum"
+        elif self.multi_objective_aggregation != "sum_then_normalize":
+            raise ObjectiveError(
+                "Rewards are combined by their gradients, not by multi_objective_aggregation. Found "
+                f"{self.multi_objective_aggregation!r}. For TRL's normalise-then-sum give weighting='gdpo'."
+            )
+        if self.gram_scope is None:
+            self.gram_scope = "last_block" if self.gram_mode == "two_pass" else "trainable"
+        if self.bf16 is None and not torch.cuda.is_available():
+            self.bf16 = False
+        super().__post_init__()
+        self._refuse()
+
+    def _refuse(self) -> None:
+        """Raise for what would break a promise of the method."""
+        checkpointing = self.gradient_checkpointing_kwargs
+        if self.gradient_checkpointing and isinstance(checkpointing, dict) and checkpointing.get("use_reentrant"):
+            raise TrainingError(
+                "Several gradients of one pass need non-reentrant checkpointing: the reentrant kind refuses every backward "
+                "pass that names its parameters. Set gradient_checkpointing_kwargs={'use_reentrant': False}."
+            )
+        if self.deepspeed is not None:
+            raise TrainingError(
+                "GAPO needs one gradient for each objective. Found DeepSpeed, whose engine keeps gradients to itself. Use DDP."
+            )
+        if self.fp16:
+            raise TrainingError("Norms of gradients overflow under fp16's loss scaling. Found fp16=True. Use bf16.")
+        if self.use_adaptive_entropy:
+            raise TrainingError(
+                "The adaptive entropy coefficient counts each pass of the loss. Found use_adaptive_entropy=True. Use entropy_coef."
+            )
+        assert self.steps_per_generation is not None
+        block = self.steps_per_generation * self.num_iterations
+        accumulation = self.gradient_accumulation_steps
+        if self.gram_mode == "two_pass" and self.steps_per_generation % accumulation:
+            raise TrainingError(
+                "Two passes read a whole optimiser step before it is made: steps_per_generation must be a multiple of "
+                f"gradient_accumulation_steps. Found {self.steps_per_generation} and {accumulation}. Use gram_mode='exact'."
+            )
+        steps = self.save_steps
+        if self.save_strategy == "steps" and (steps < 1 or (int(steps) * accumulation) % block):
+            raise TrainingError(
+                "A checkpoint must fall on the end of a generation block: TRL does not save the completions of a block in "
+                f"progress, so that a resumed run would differ. A block is {block} micro-batches, a step {accumulation}. Found "
+                f"save_steps={steps}. Set it to a multiple of {block // math.gcd(block, accumulation)}."
+            )
+
+
+class GAPOTrainer(GRPOTrainer):
+    """Group-relative policy optimisation of several rewards, balanced by their gradients.
+
+    GAPO, arXiv:2507.01915, section 3: with `g_k` the gradient of objective k and `n_k` its norm,
+
+        alpha = argmin over the simplex of || sum_k alpha_k g_k / n_k^p ||^2 ,    d = sum_k (alpha_k / n_k^p) g_k
+
+    and with `preference` P-GAPO, `d = sum_k lambda_k g_k / n_k` (equation 8). d has the length of the linear update, so that
+    the learning rate, clipping and KL mean the same for every p.
+
+    The paper rescales the gradients of PPO's clipped surrogates, with one critic for each reward. TRL has removed PPO; here
+    an objective is GRPO's surrogate with the advantages of its own reward, centred within the group of completions of one
+    prompt. The group's mean stands in for the critic: no critic to train, and a reward that is alike for all completions of
+    a prompt has no gradient there. Advantages are not divided by their deviation, which would undo what the norms tell.
+
+    Two modes. `two_pass` (default) takes the gradients over the last block, as in the paper, and makes one ordinary step
+    with advantages `sum_k w_k A_k`: on the policy that generated them, the same as the weighted sum of losses. `exact`
+    takes K gradients of everything that is trained, summed over the optimiser step, and steps along their weighted sum;
+    it is what remains right when completions are used again (`num_iterations` above 1), where the clip is not linear.
+
+    Like every Trainer it trains the model that it is given; with `peft_config` it trains an adapter on a second tree of
+    modules around the same weights, and the given model stays as it is. The policy is `trainer.model`;
+    `PreferenceVector.difference(trainer.model, model)` makes it a vector.
+
+    Logged each step, beside TRL's figures: `gapo/weight`, `norm`, `progress` (`<d, g_k>`), `signal` (cosine of an objective's
+    gradients over two halves of the samples) and `dropped` for each objective, `cosine` for each pair, `norm_ratio`,
+    `update_norm`, `opposed` (the update opposes an objective), `no_step`.
+
+    Args:
+        model: a causal language model, a PEFT model, or a name, as TRL takes them.
+        reward_funcs: the objectives, as TRL takes them: functions, async functions, sequence classifiers; None in what they
+            return means not applicable.
+        args: `GAPOConfig`.
+        train_dataset: rows with `prompt`.
+        processing_class: the tokenizer; not changed.
+        peft_config: adapter to train.
+        given: TRL's other arguments.
+
+    Raises:
+        ObjectiveError: a preference of another length than there are rewards; no trainable parameter in the scope.
+        RewardError: during training: a reward function raised, or returned something else than one finite number (or None)
+            for each completion.
+        TrainingError: a distribution or setting under which the gradients cannot be had.
+    """
+
+    _tag_names = ["steerkit", "gapo"]  # noqa: RUF012
+    _name = "GAPO"
+
+    args: GAPOConfig
+    model: Any
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any,
+        args: GAPOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        *,
+        peft_config: Any = None,
+        **given: Any,
+    ) -> None:
+        args = args or GAPOConfig("gapo")
+        if not isinstance(args, GAPOConfig):
+            raise TrainingError(f"A GAPOConfig is required. Found {type(args).__name__}. It takes the same arguments.")
+        objectives = (
+            list(reward_funcs)
+            if isinstance(reward_funcs, Sequence) and not isinstance(reward_funcs, str)
+            else [reward_funcs]
+        )
+        if args.preference is not None:
+            check_preference(args.preference, len(objectives))
+        self._window: Gradients | None = None
+        self._update: Update | None = None
+        self._forward: _Forward | None = None
+        with warnings.catch_warnings():
+            # PEFT asks for an attribute that transformers has deprecated.
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+            super().__init__(
+                model=around_same_weights(model) if peft_config is not None and isinstance(model, nn.Module) else model,
+                reward_funcs=objectives,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=copy.deepcopy(processing_class),
+                peft_config=peft_config,
+                **given,
+            )
+        self.reward_funcs = [
+            checked(each, name) if callable(each) and not isinstance(each, nn.Module) else each
+            for each, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
+        ]
+        self.objectives = _distinct(self.reward_func_names)
+        """Names under which the objectives are logged."""
+        if len(self.objectives) == 1:
+            warnings.warn(
+                f"One objective, {self.objectives[0]!r}: there is nothing to balance. This is plain GRPO.",
+                SteerkitWarning,
+                stacklevel=2,
+            )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise TrainingError(
+                "GAPO needs one gradient for each objective. Found sharded parameters, which give none outside their own "
+                "backward pass. Use DDP (accelerate launch --multi_gpu)."
+            )
+        if args.gram_mode == "exact" and self.aux_loss_enabled:
+            raise TrainingError("Exact mode has no place for a router's loss. Found one. Use gram_mode='two_pass'.")
+        scope = scope_of(self.model, str(args.gram_scope))
+        everything = {name: each for name, each in self.model.named_parameters() if each.requires_grad}
+        self._measured = everything if args.gram_mode == "exact" else scope
+        self._scope = frozenset(scope)
+
+    # Rewards and advantages
+
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        for index, each in enumerate(self.reward_funcs):
+            found = rewards[:, index]
+            if isinstance(each, nn.Module) and not bool(found.isfinite().all()):
+                raise RewardError(
+                    f"A reward must be finite. Found {float(found[~found.isfinite()][0])} from {self.objectives[index]!r}."
+                )
+        self._rewards = rewards
+        return rewards
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        if self.model.training:
+            assert self.num_generations is not None
+            advantages = objective_advantages(self._rewards, self.num_generations, self.scale_rewards)
+            rows = torch.arange(len(advantages), device=advantages.device)
+            groups = rows // self.num_generations
+            # Halves hold whole groups where there are two: the group's mean ties its completions together.
+            half = (groups if int(groups[-1]) > 0 else rows) % 2
+            own = slice(
+                self.accelerator.process_index * len(inputs), (self.accelerator.process_index + 1) * len(inputs)
+            )
+            output["objective_advantages"] = advantages[own]
+            output["half"] = half[own]
+        return output
+
+    # The loss
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        if not self.model.training or len(self.objectives) == 1:
+            return super()._compute_loss(model, inputs)
+        if self.args.gram_mode == "exact":
+            return self._exact(model, inputs)
+        if self._update is None:
+            self._update = self._look_ahead(model, inputs)
+        update, forward = self._update, self._forward
+        self._forward = None
+        if self.accelerator.sync_gradients:
+            self._update = None
+        if not update.step:
+            return _no_loss(self.accelerator.device)
+        if self.args.weighting == "gdpo":
+            return self._loss(model, inputs, inputs["advantages"], forward)
+        weights = torch.tensor(update.weights, device=self.accelerator.device, dtype=torch.float32)
+        # The loss is homogeneous: this gives KL and entropy bonus the sum of the weights, too.
+        whole = weights.sum() if self._regularised and self.args.kl_inside_objectives else weights.new_ones(())
+        return whole * self._loss(model, inputs, inputs["objective_advantages"] @ (weights / whole), forward)
+
+    @property
+    def _regularised(self) -> bool:
+        return self.beta != 0.0 or self._entropy_bonus_enabled or self.aux_loss_enabled
+
+    def _look_ahead(self, model: Any, inputs: dict[str, Any]) -> Update:
+        """Return the weights for the optimiser step that begins here; its completions exist already."""
+        count = self.current_gradient_accumulation_steps
+        if count == 1:
+            batches = [inputs]
+        else:
+            assert self._buffered_inputs is not None
+            assert self.args.steps_per_generation is not None
+            start = self._step % self.args.steps_per_generation
+            batches = self._buffered_inputs[start : start + count]
+        gradients = Gradients(self._measured, self._scope, self._gradients)
+        for batch in batches:
+            forward = self._add(gradients, model, batch)
+            if count == 1:
+                self._forward = forward
+        return self._solve(gradients)
+
+    def _exact(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        if self._window is None:
+            self._window = Gradients(self._measured, self._scope, self._gradients)
+        forward = self._add(self._window, model, inputs)
+        with torch.no_grad():
+            loss = self._loss(model, inputs, inputs["advantages"], forward)
+        if self.accelerator.sync_gradients:
+            update = self._solve(self._window)
+            if update.step:
+                outside = [] if self.args.kl_inside_objectives or not self._regularised else [1.0]
+                weights = [0.0] * len(update.weights) if self.args.weighting == "gdpo" else list(update.weights)
+                own = [1.0] if self.args.weighting == "gdpo" else []
+                self._window.write([*weights, *own, *outside])
+            self._window = None
+        # The gradients are in place; what goes back to the Trainer leads nowhere.
+        return _no_loss(self.accelerator.device) + loss.detach()
+
+    def _loss(self, model: Any, inputs: dict[str, Any], advantages: Tensor, forward: "_Forward | None") -> Tensor:
+        """Return TRL's loss of these advantages, on a forward pass that has been made."""
+        self._forward = forward
+        try:
+            return super()._compute_loss(model, {**inputs, "advantages": advantages})
+        finally:
+            self._forward = None
+
+    # Gradients
+
+    @property
+    def _gradients(self) -> int:
+        return (
+            len(self.objectives)
+            + (self.args.weighting == "gdpo")
+            + (self._regularised and not self.args.kl_inside_objectives)
+        )
+
+    def _add(self, gradients: Gradients, model: Any, inputs: dict[str, Any]) -> "_Forward":
+        """Add the gradients of one micro-batch, by objective; then TRL's own advantages, then what stays outside."""
+        forward = _Forward(inputs["half"])
+        with last_output(self.model, self._measured) as seen, self._unlogged():
+            forward.seen = seen
+            self._loss(model, inputs, inputs["advantages"], forward)
+        forward.seen = None
+        advantages = [*inputs["objective_advantages"].unbind(1)]
+        signal = torch.stack(advantages).abs().double().sum(1).cpu()
+        gradients.signal = signal if gradients.signal is None else gradients.signal + signal
+        if self.args.weighting == "gdpo":
+            advantages.append(inputs["advantages"])
+        cotangents = [self._cotangent(model, inputs, each, forward) for each in advantages]
+        if self._regularised and not self.args.kl_inside_objectives:
+            nothing = torch.zeros_like(inputs["advantages"])
+            outside = self._cotangent(model, inputs, nothing, forward)
+            cotangents = [_minus(each, outside) for each in cotangents] + [outside]
+        parameters = list(self._measured.values())
+        for made in forward.passes:
+            ours = [(logps[made.rows], None if e is None else e[made.rows]) for logps, e in cotangents]
+            gradients.add(int(inputs["half"][made.rows[0]]), pull(made, ours, parameters), len(made.rows))
+        return forward
+
+    def _cotangent(
+        self, model: Any, inputs: dict[str, Any], advantages: Tensor, forward: "_Forward"
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return what the loss of these advantages does with each log-probability and each entropy."""
+        leaves = forward.leaves()
+        with self._unlogged():
+            loss = self._loss(model, inputs, advantages, leaves)
+        assert leaves.logps is not None
+        over_logps, over_entropies = torch.autograd.grad(
+            loss, [leaves.logps, leaves.entropies], allow_unused=True, materialize_grads=False
+        )
+        return torch.zeros_like(leaves.logps) if over_logps is None else over_logps, over_entropies
+
+    def _solve(self, gradients: Gradients) -> Update:
+        """Return the weights of the step, the same on every process, and log what they are made of."""
+        objectives = len(self.objectives)
+
+        def total(values: Tensor) -> Tensor:
+            device = self.accelerator.device
+            return self.accelerator.reduce(values.to(device, torch.float32), reduction="sum").double().cpu()
+
+        if self.accelerator.num_processes > 1:
+            gradients.reduce(lambda each: self.accelerator.reduce(each, reduction="mean"), total)
+        geometry = Geometry.of(gradients, objectives, self.args.gram_estimate == "split_half")
+        assert gradients.signal is not None
+        linear = self.reward_weights.double().tolist()
+        power = 0.0 if self.args.weighting == "mgda" else self.args.power
+        update = update_for(
+            geometry,
+            self._weigh,
+            linear=linear,
+            silent=(gradients.signal == 0).tolist(),
+            keeps_silent=self.args.weighting in ("linear", "gdpo")
+            or (self.args.weighting in ("gapo", "mgda") and power == 0),
+            match_norm=self.args.match_norm and self.args.weighting != "linear",
+        )
+        progress = norm = None
+        if self.args.weighting == "gdpo":
+            products = gradients.products()
+            progress = products[:objectives, objectives]
+            norm = math.sqrt(max(float(products[objectives, objectives]), 0.0))
+        for name, value in update.figures(self.objectives, progress, norm).items():
+            self._metrics["train"][name].append(value)
+        return update
+
+    def _weigh(self, gramian: Tensor) -> Tensor:
+        weighting = self.args.weighting
+        if callable(weighting):
+            return weighting(gramian)
+        if weighting in ("linear", "gdpo"):
+            return self.reward_weights.double()
+        return gapo_weights(
+            gramian, power=0.0 if weighting == "mgda" else self.args.power, preference=self.args.preference
+        )
+
+    # One forward pass for all objectives
+
+    def _get_per_token_logps_and_entropies(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        compute = super()._get_per_token_logps_and_entropies
+        if self._forward is None:
+            return compute(model, input_ids, attention_mask, *args, **kwargs)
+        if self._forward.logps is None:
+            self._forward.make(
+                lambda rows: compute(model, input_ids[rows], attention_mask[rows], *args, **kwargs),
+                whole=any(value is not None for key, value in kwargs.items() if key not in _PLAIN),
+            )
+        return self._forward.logps, self._forward.entropies, self._forward.aux
+
+    @contextmanager
+    def _unlogged(self) -> Iterator[None]:
+        """Leave what TRL logs in a pass of its loss out of its averages: it would count each objective."""
+        logged = self._metrics
+        self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+        try:
+            yield
+        finally:
+            self._metrics = logged
+
+
+_PLAIN = ("compute_entropy", "compute_aux_loss", "batch_size")
+"""Arguments of a forward pass that are no tensors of the batch."""
+
+
+class _Forward:
+    """One micro-batch's log-probabilities, made once, by halves of the samples."""
+
+    def __init__(self, half: Tensor) -> None:
+        self.half = half
+        self.logps: Any = None
+        self.entropies: Any = None
+        self.aux: Any = None
+        self.passes: list[Pass] = []
+        self.seen: list[Tensor] | None = None
+
+    def make(self, compute: Callable[[Any], tuple[Tensor, Tensor | None, Tensor | None]], whole: bool) -> None:
+        """Run the model over each half; over all rows at once where the batch holds more than text."""
+        halves = [self.half == 0, self.half == 1]
+        rows = [half.nonzero()[:, 0] for half in halves if bool(half.any())]
+        if whole:
+            rows = [torch.arange(len(self.half), device=self.half.device)]
+        logps: list[Tensor] = []
+        entropies: list[Any] = []
+        aux: list[Any] = []
+        for each in rows:
+            found = compute(slice(None) if len(rows) == 1 else each)
+            last = self.seen.pop() if self.seen else None
+            self.passes.append(Pass(each, found[0], found[1], last))
+            logps.append(found[0])
+            entropies.append(found[1])
+            aux.append(found[2])
+        back = torch.cat(rows).argsort()
+        self.logps = torch.cat(logps)[back]
+        self.entropies = None if entropies[0] is None else torch.cat(entropies)[back]
+        self.aux = None if aux[0] is None else torch.stack(aux).mean()
+
+    def leaves(self) -> "_Forward":
+        """Return the same values cut off from the model."""
+        cut = _Forward(self.half)
+        cut.logps = self.logps.detach().requires_grad_()
+        cut.entropies = None if self.entropies is None else self.entropies.detach().requires_grad_()
+        cut.aux = None if self.aux is None else self.aux.detach()
+        return cut
+
+
+def objective_advantages(rewards: Tensor, group: int, scale: str) -> Tensor:
+    """Return each objective's own advantages: its rewards less their mean in the group of one prompt.
+
+    Args:
+        rewards: `"completion objective"`, groups in a row; NaN where an objective does not apply, which gives advantage 0.
+        group: completions of one prompt.
+        scale: `"none"`, or `"group"` or `"batch"` to divide by the standard deviation there.
+
+    Returns:
+        `"completion objective"`.
+    """
+    grouped = rewards.view(-1, group, rewards.shape[1])
+    known = grouped.isfinite()
+    centred = torch.where(known, grouped - grouped.nanmean(dim=1, keepdim=True), 0.0)
+    # A reward that is alike for all has no advantage; the rounding of its mean is none either.
+    level = torch.where(known, grouped.abs(), 0.0).amax(dim=1, keepdim=True)
+    centred = torch.where(centred.abs() <= 1e-6 * level, 0.0, centred)
+    if scale == "none":
+        return centred.view_as(rewards)
+    axes = (1,) if scale == "group" else (0, 1)
+    count = known.sum(dim=axes, keepdim=True).clamp(min=2)
+    deviation = (centred.square().sum(dim=axes, keepdim=True) / (count - 1)).sqrt()
+    return (centred / (deviation + 1e-4)).view_as(rewards)
+
+
+def _minus(one: tuple[Tensor, Tensor | None], other: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    entropies = one[1] if other[1] is None or one[1] is None else one[1] - other[1]
+    return one[0] - other[0], entropies
+
+
+def _no_loss(device: torch.device) -> Tensor:
+    """Return a loss that reaches no parameter: their gradients stay None, and an optimiser leaves them alone."""
+    return torch.zeros((), device=device, requires_grad=True)
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """Return names with a number where one comes twice."""
+    seen: Mapping[str, int] = {name: list(names).count(name) for name in names}
+    return [f"{name}_{index}" if seen[name] > 1 else name for index, name in enumerate(names)]
