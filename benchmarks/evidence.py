@@ -3,6 +3,7 @@
 python benchmarks/evidence.py
 """
 
+import itertools
 import json
 from pathlib import Path
 
@@ -186,6 +187,38 @@ def trainings(run):
     return table(head, rows)
 
 
+def cosine_table(run):
+    """Return the cosines of vectors, group by group."""
+    rows = [
+        (group, f"{f['names'][i]}, {f['names'][j]}", f"{f['cosines'][i][j]:.2f}")
+        for group, f in run["groups"].items()
+        for i, j in itertools.combinations(range(len(f["names"])), 2)
+    ]
+    return table(("between", "vectors", "cosine"), rows)
+
+
+def read_texts(run):
+    """Return what a reader found at each point."""
+    rows = []
+    for f in run["points"]:
+        harmful, harmless = f["harmful_prompts"], f["harmless_prompts"]
+        rows.append(
+            (f"{f['helpful']:g}", f"{f['harmless']:g}", *(harmful[k] for k in "RDCB"), f["expression"],
+             " / ".join(str(harmless[k]) for k in "RDCB"))
+        )  # fmt: skip
+    head = (
+        "helpful",
+        "harmless",
+        "refuses",
+        "deflects",
+        "complies",
+        "broken",
+        "expression",
+        "harmless prompts: R / D / C / B",
+    )
+    return table(head, rows)
+
+
 def mixtures(run):
     """Return the cost of mixtures by row."""
     arms = ("linear", "bare", "hook", "half rank", "merge a row")
@@ -207,8 +240,9 @@ def merges(run):
 
 
 def main():
-    twins, grid, cost, merge = (
-        load(name) for name in ("preference_training", "preference_grid", "vector_cost", "merge_cost")
+    twins, grid, cost, merge, cosines = (
+        load(name)
+        for name in ("preference_training", "preference_grid", "vector_cost", "merge_cost", "preference_cosines")
     )
     run, exact, layer, whole, reading = (
         load(name) for name in ("reviews", "exactness", "layer_cost", "generate_cost", "record_cost")
@@ -242,6 +276,13 @@ def main():
     }
     values |= {
         "training": trainings(twins),
+        "cosines": cosine_table(cosines),
+        "full_accuracy": ", ".join(
+            f"{f['towards']['accuracy']:.2f} / {f['away']['accuracy']:.2f}" for f in cosines["full"].values()
+        )
+        + f" of {next(iter(cosines['full'].values()))['towards']['pairs']} (length alone: "
+        + f"{next(iter(cosines['full'].values()))['towards']['length_only']:.2f})",
+        "reading": read_texts(load("preference_reading")),
         "grid": points(grid["grid"]),
         "grid_prompts": grid["prompts"],
         "grid_tokens": grid["tokens"],

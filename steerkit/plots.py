@@ -8,6 +8,7 @@ from torch import Tensor
 
 from steerkit.concepts.concept import Concept
 from steerkit.errors import MissingDependencyError
+from steerkit.gapo.front import Front
 
 _INK, _PALE = "#22313f", "#d9dee3"
 _COLOURS = ("#1b6ca8", "#c8553d", "#588157", "#7b2d8b")
@@ -118,5 +119,20 @@ def dose_response(
     axes.set_xlabel("magnitude", color=_INK)
     axes.set_ylabel(unit, color=_INK)
     axes.legend(frameon=False)
+    _tidy(axes)
+    return figure
+
+
+def front(found: Front, first: int = 0, second: int = 1) -> Any:
+    """Plot two objectives of a front; filled points are not dominated, and a line joins them."""
+    figure, axes = _figure(5.6, 4.2)
+    points = sorted(zip(found.values, found.names, found.dominated(), strict=True))
+    kept = [(value[first], value[second]) for value, _, beaten in points if not beaten]
+    axes.plot(*zip(*sorted(kept), strict=True), color=_COLOURS[0], linewidth=1.2, zorder=1)
+    for value, name, beaten in points:
+        x, y = value[first], value[second]
+        axes.plot(x, y, "o", color=_COLOURS[0], markerfacecolor="white" if beaten else _COLOURS[0], markersize=6)
+        axes.annotate(name, (x, y), textcoords="offset points", xytext=(6, 4), fontsize=8, color=_INK)
+    axes.set(xlabel=found.objectives[first], ylabel=found.objectives[second])
     _tidy(axes)
     return figure

@@ -22,8 +22,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from steerkit.errors import ObjectiveError
-
 _ROUNDING = 1e-14
 """Relative size under which a sum of products is rounding."""
 
@@ -52,7 +50,7 @@ def gapo_weights(gramian: Tensor, *, power: float = 1.0, preference: Sequence[fl
         `"objective"`, float64, on the Gramian's device.
 
     Raises:
-        ObjectiveError: the Gramian is not square, finite, symmetric and positive semidefinite; the power is negative or not
+        ValueError: the Gramian is not square, finite, symmetric and positive semidefinite; the power is negative or not
             finite; the preference is not on the simplex, is of another length, or comes with another power.
     """
     check_power(power)
@@ -62,9 +60,8 @@ def gapo_weights(gramian: Tensor, *, power: float = 1.0, preference: Sequence[fl
     if preference is not None:
         wanted = check_preference(preference, count)
         if power != 1:
-            raise ObjectiveError(
-                f"P-GAPO divides by the norm itself: a preference needs power=1. Found power={power}. Leave one of both.",
-                power=power,
+            raise ValueError(
+                f"P-GAPO divides by the norm itself: a preference needs power=1. Found power={power}. Leave one of both."
             )
         weights = [share / norm if norm else 0.0 for share, norm in zip(wanted, norms, strict=True)]
     else:
@@ -92,7 +89,7 @@ def min_norm_point(gramian: Tensor) -> Tensor:
         `"objective"`, float64.
 
     Raises:
-        ObjectiveError: as `gapo_weights`.
+        ValueError: as `gapo_weights`.
     """
     return gapo_weights(gramian, power=0.0)
 
@@ -122,18 +119,18 @@ def positive_part(gramian: Tensor) -> Tensor:
 
 
 def check_power(power: float) -> None:
-    """Raise ObjectiveError unless the power is a finite number of at least 0."""
+    """Raise ValueError unless the power is a finite number of at least 0."""
     if isinstance(power, bool) or not isinstance(power, int | float) or not (math.isfinite(power) and power >= 0):
-        raise ObjectiveError(f"The power of the norm must be at least 0. Found {power!r}. The paper has 1 and 2.")
+        raise ValueError(f"The power of the norm must be at least 0. Found {power!r}. The paper has 1 and 2.")
 
 
 def check_preference(preference: Sequence[float] | Tensor, count: int | None = None) -> list[float]:
-    """Return a preference as numbers; raise ObjectiveError unless it lies on the simplex and has one for each objective."""
+    """Return a preference as numbers; raise ValueError unless it lies on the simplex and has one for each objective."""
     values = [float(value) for value in (preference.tolist() if isinstance(preference, Tensor) else preference)]
     if count is not None and len(values) != count:
-        raise ObjectiveError(f"A preference needs one number for each of {count} objectives. Found {len(values)}.")
+        raise ValueError(f"A preference needs one number for each of {count} objectives. Found {len(values)}.")
     if not all(value >= 0 for value in values) or not abs(math.fsum(values) - 1) <= 1e-6:
-        raise ObjectiveError(
+        raise ValueError(
             f"A preference must be at least 0 everywhere and sum to 1. Found {values}, of sum {math.fsum(values):.6g}. "
             "Divide it by its sum."
         )
@@ -142,16 +139,16 @@ def check_preference(preference: Sequence[float] | Tensor, count: int | None = N
 
 def _products(gramian: Tensor) -> list[list[float]]:
     if gramian.ndim != 2 or gramian.shape[0] != gramian.shape[1] or not len(gramian):
-        raise ObjectiveError(f"A Gramian must be a square matrix. Found shape {tuple(gramian.shape)}.")
+        raise ValueError(f"A Gramian must be a square matrix. Found shape {tuple(gramian.shape)}.")
     products: list[list[float]] = gramian.detach().double().tolist()
     norms = [math.sqrt(max(row[i], 0.0)) for i, row in enumerate(products)]
     for i, row in enumerate(products):
         for j in range(i + 1):
             value, other, scale = row[j], products[j][i], norms[i] * norms[j]
             if not (math.isfinite(value) and math.isfinite(other)):
-                raise ObjectiveError(f"A Gramian must be finite. Found {value} and {other} for objectives {i} and {j}.")
+                raise ValueError(f"A Gramian must be finite. Found {value} and {other} for objectives {i} and {j}.")
             if not (abs(value) <= scale * (1 + _SLACK) and abs(value - other) <= _SLACK * scale):
-                raise ObjectiveError(
+                raise ValueError(
                     f"A Gramian must be symmetric and positive semidefinite. Found {value:.6g} and {other:.6g} for "
                     f"objectives {i} and {j}, whose norms are {norms[i]:.6g} and {norms[j]:.6g}."
                 )

@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from steerkit.errors import ObjectiveError
 from steerkit.maths.minimal_edit import minimal_edit
 from steerkit.maths.pareto import gapo_weights, min_norm_point, positive_part, split_half_gramian
 
@@ -273,5 +272,5 @@ def test_the_positive_part_has_no_negative_eigenvalue_and_keeps_what_has_none() 
     ],
 )
 def test_bad_input_is_told(gramian: list[list[float]], given_: dict[str, object], message: str) -> None:
-    with pytest.raises(ObjectiveError, match=message):
+    with pytest.raises(ValueError, match=message):
         gapo_weights(torch.tensor(gramian), **given_)  # type: ignore[arg-type]
