@@ -8,7 +8,6 @@ log-probability depends on its own position of the last block's output y alone, 
     g_k = (d y / d theta)^T (c_k v)    for each objective
 """
 
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,12 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from steerkit.errors import ObjectiveError, UnsupportedModelError
-from steerkit.maths.pareto import positive_part
 from steerkit.model import find_decoder, hidden_states_of
 
 SCOPES = ("trainable", "lora", "last_block")
-_STATIONARY = 1e-6
-"""Length of the update, relative to what it is summed from, under which it is rounding."""
 
 
 def scope_of(model: nn.Module, scope: str) -> dict[str, nn.Parameter]:
@@ -157,42 +153,28 @@ class Gradients:
     """Number of samples in each half."""
     signal: Tensor | None = None
     """`"gradient"`, the sum of each objective's advantages without their sign: 0 where its rewards tell nothing."""
-    _halves: list[list[list[Tensor]] | None] = field(default_factory=lambda: [None, None])
-    _rest: list[list[Tensor]] | None = None
+    _halves: tuple[dict[int, list[Tensor]], dict[int, list[Tensor]]] = field(default_factory=lambda: ({}, {}))
+    _rest: dict[int, list[Tensor]] = field(default_factory=dict)
 
-    def add(self, half: int, gradients: Iterator[list[Tensor]], rows: int) -> None:
-        """Add what a forward pass over rows of one half gave."""
-        self.rows[half] += rows
-        names = list(self.parameters)
-        for index, found in enumerate(gradients):
-            inside = [g for name, g in zip(names, found, strict=True) if name in self.scope]
-            outside = [g for name, g in zip(names, found, strict=True) if name not in self.scope]
-            held = self._halves[half]
-            if held is None:
-                held = self._halves[half] = []
-            if len(held) == index:
-                held.append(inside)
-            else:
-                _accumulate(held[index], inside)
-            if self._rest is None:
-                self._rest = []
-            if len(self._rest) == index:
-                self._rest.append(outside)
-            else:
-                _accumulate(self._rest[index], outside)
+    def put(self, half: int, index: int, gradient: Sequence[Tensor]) -> None:
+        """Add one objective's gradient over samples of one half, in the order of the parameters."""
+        inside = [g for name, g in zip(self.parameters, gradient, strict=True) if name in self.scope]
+        outside = [g for name, g in zip(self.parameters, gradient, strict=True) if name not in self.scope]
+        _accumulate(self._halves[half], index, inside)
+        _accumulate(self._rest, index, outside)
 
     def reduce(self, mean: Callable[[Tensor], Tensor], total: Callable[[Tensor], Tensor]) -> None:
         """Average over processes, before anything is computed from the gradients."""
+        like = [p for name, p in self.parameters.items() if name in self.scope]
         for half, held in enumerate(self._halves):
-            counts = total(torch.tensor([self.rows[half]], dtype=torch.float64))
-            self.rows[half] = float(counts)
-            if held is None and self.rows[half]:
-                like = [p for name, p in self.parameters.items() if name in self.scope]
-                held = self._halves[half] = [[torch.zeros_like(p) for p in like] for _ in range(self.count)]
-            for each in held or []:
-                each[:] = [mean(g) for g in each]
-        for each in self._rest or []:
-            each[:] = [mean(g) for g in each]
+            self.rows[half] = float(total(torch.tensor([self.rows[half]], dtype=torch.float64)))
+            if not self.rows[half]:
+                continue  # nobody has samples here
+            for index in range(self.count):
+                ours = held.get(index) or [torch.zeros_like(p) for p in like]
+                held[index] = [mean(g) for g in ours]
+        for index, each in self._rest.items():
+            self._rest[index] = [mean(g) for g in each]
         if self.signal is not None:
             self.signal = total(self.signal)
 
@@ -212,14 +194,12 @@ class Gradients:
         return result
 
     def _over_scope(self, half: int | None) -> list[list[Tensor]]:
-        first, second = self._halves
         if half is not None:
-            chosen = self._halves[half]
-            assert chosen is not None
-            return chosen
-        if first is None or second is None:
-            return first or second or []
-        return [[a + b for a, b in zip(one, other, strict=True)] for one, other in zip(first, second, strict=True)]
+            return [self._halves[half][index] for index in range(self.count)]
+        first, second = self._halves
+        if not first or not second:
+            return [(first or second)[index] for index in range(self.count)]
+        return [[a + b for a, b in zip(first[i], second[i], strict=True)] for i in range(self.count)]
 
     @property
     def split(self) -> bool:
@@ -229,141 +209,21 @@ class Gradients:
     def write(self, weights: Sequence[float]) -> None:
         """Write the weighted sum into `.grad` of every parameter."""
         inside = iter(_weighted(self._over_scope(None), weights))
-        outside = iter(_weighted(self._rest or [], weights))
+        outside = iter(_weighted([self._rest[index] for index in range(self.count)], weights))
         for name, parameter in self.parameters.items():
             parameter.grad = next(inside if name in self.scope else outside)
 
 
-def _accumulate(held: list[Tensor], more: list[Tensor]) -> None:
-    for each, other in zip(held, more, strict=True):
-        each += other
+def _accumulate(held: dict[int, list[Tensor]], index: int, more: list[Tensor]) -> None:
+    if index not in held:
+        held[index] = more
+    elif more:
+        torch._foreach_add_(held[index], more)
 
 
 def _weighted(gradients: Sequence[Sequence[Tensor]], weights: Sequence[float]) -> list[Tensor]:
-    return [
-        torch.stack([w * g for w, g in zip(weights, each, strict=True)]).sum(0) for each in zip(*gradients, strict=True)
-    ]
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """What the gradients of one optimiser step look like."""
-
-    gramian: Tensor
-    """`"objective objective"`, of the whole batch."""
-    estimate: Tensor
-    """`"objective objective"`, what the weights are solved on: the Gramian, or its split-half estimate."""
-    signal: Tensor | None
-    """`"objective"`, cosine of each objective's gradients over two halves of the samples; None with one half."""
-
-    @classmethod
-    def of(cls, gradients: Gradients, objectives: int, split_half: bool) -> "Geometry":
-        """Take the Gramian of the first gradients."""
-        gramian = gradients.products()[:objectives, :objectives]
-        signal, estimate = None, gramian
-        if gradients.split:
-            across = gradients.products(0, 1)[:objectives, :objectives]
-            own = [gradients.products(half, half).diagonal()[:objectives] for half in (0, 1)]
-            signal = across.diagonal() / (own[0] * own[1]).sqrt().clamp(min=1e-300)
-            if split_half:
-                shares = [rows / sum(gradients.rows) for rows in gradients.rows]
-                estimate = positive_part((across + across.T) / (2 * shares[0] * shares[1]))
-        return cls(gramian, estimate, signal)
-
-
-@dataclass(frozen=True)
-class Update:
-    """The weights of one optimiser step."""
-
-    weights: tuple[float, ...]
-    """One for each objective, as they are applied; all 0: no step."""
-    geometry: Geometry
-    dropped: tuple[bool, ...]
-    """Which objectives had no advantages and left the problem."""
-
-    @property
-    def step(self) -> bool:
-        """Whether there is an update at all."""
-        return any(weight != 0 for weight in self.weights)
-
-    def figures(
-        self, names: Sequence[str], progress: Tensor | None = None, norm: float | None = None
-    ) -> dict[str, float]:
-        """Return what is logged.
-
-        Args:
-            names: of the objectives.
-            progress: `"objective"`, `<d, g_i>` where the update is no sum of the objectives' gradients.
-            norm: length of such an update.
-        """
-        gramian, weights = self.geometry.gramian, torch.tensor(self.weights, dtype=torch.float64)
-        norms = gramian.diagonal().clamp(min=0).sqrt()
-        ahead = gramian @ weights if progress is None else progress
-        alive = norms[norms > 0]
-        # Below rounding, an angle has no sign.
-        floor = (
-            _STATIONARY
-            * norms
-            * (norm if norm is not None else math.sqrt(max(float(weights @ gramian @ weights), 0.0)))
-        )
-        found = {
-            "gapo/norm_ratio": float(alive.max() / alive.min()) if len(alive) else math.nan,
-            "gapo/update_norm": norm if norm is not None else math.sqrt(max(float(weights @ gramian @ weights), 0.0)),
-            "gapo/opposed": float(bool((ahead < -floor).any())),
-            "gapo/no_step": float(not self.step),
-        }
-        for i, name in enumerate(names):
-            found[f"gapo/weight/{name}"] = self.weights[i]
-            found[f"gapo/norm/{name}"] = float(norms[i])
-            found[f"gapo/progress/{name}"] = float(ahead[i])
-            found[f"gapo/dropped/{name}"] = float(self.dropped[i])
-            if self.geometry.signal is not None:
-                found[f"gapo/signal/{name}"] = float(self.geometry.signal[i])
-            for j in range(i + 1, len(names)):
-                scale = float(norms[i] * norms[j])
-                if scale > 0:
-                    found[f"gapo/cosine/{name}/{names[j]}"] = float(gramian[i, j]) / scale
-        return found
-
-
-def update_for(
-    geometry: Geometry,
-    weigh: Callable[[Tensor], Tensor],
-    *,
-    linear: Sequence[float],
-    silent: Sequence[bool],
-    keeps_silent: bool,
-    match_norm: bool,
-) -> Update:
-    """Return the weights of a step.
-
-    Args:
-        geometry: of the objectives' gradients.
-        weigh: from a Gramian to weights.
-        linear: weights of the linear update, whose length is the measure.
-        silent: which objectives have no advantages.
-        keeps_silent: whether these stay in the problem, as plain multiple-gradient descent (p = 0) has it.
-        match_norm: rescale to the length of the linear update.
-
-    Raises:
-        ObjectiveError: `weigh` returns another number of weights, or negative or infinite ones.
-    """
-    estimate = geometry.estimate.clone()
-    dropped = [quiet and not keeps_silent for quiet in silent]
-    for index, gone in enumerate(dropped):
-        if gone:
-            estimate[index] = estimate[:, index] = 0.0
-    found = torch.as_tensor(weigh(estimate)).detach().double().flatten().cpu()
-    if len(found) != len(linear) or not bool(found.isfinite().all()) or bool((found < 0).any()):
-        raise ObjectiveError(
-            f"A weighting must return one weight of at least 0 for each of {len(linear)} objectives. Found {found.tolist()}."
-        )
-    gramian = geometry.gramian
-    square = float(found @ gramian @ found)
-    norms = gramian.diagonal().clamp(min=0).sqrt()
-    if square <= (_STATIONARY * float(found @ norms)) ** 2:
-        found = torch.zeros_like(found)
-    elif match_norm:
-        plain = torch.tensor(linear, dtype=torch.float64)
-        found = found * math.sqrt(max(float(plain @ gramian @ plain), 0.0) / square)
-    return Update(tuple(found.tolist()), geometry, tuple(dropped))
+    whole = [weights[0] * each for each in gradients[0]]
+    for weight, gradient in zip(weights[1:], gradients[1:], strict=True):
+        for each, more in zip(whole, gradient, strict=True):
+            each.add_(more, alpha=weight)
+    return whole

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from steerkit.errors import MissingDependencyError, ObjectiveError, RewardError, SteerkitWarning, TrainingError
-from steerkit.gapo.gradients import Geometry, Gradients, Pass, Update, last_output, pull, scope_of, update_for
+from steerkit.gapo.balance import Balance, BalanceConfig, Update, no_loss, reduced
+from steerkit.gapo.gradients import Gradients, Pass, last_output, pull, scope_of
 from steerkit.gapo.rewards import checked
-from steerkit.maths.pareto import check_power, check_preference, gapo_weights
 from steerkit.model import around_same_weights
 
 try:
@@ -26,46 +26,23 @@ except ImportError as error:
         f"Training needs trl, peft and datasets. Found {error}. Run: pip install 'steerkit-sdk[train]'."
     ) from error
 
-WEIGHTINGS = ("gapo", "mgda", "linear", "gdpo")
 _MODES = ("two_pass", "exact")
-_ESTIMATES = ("full", "split_half")
 
 
 @dataclass
-class GAPOConfig(GRPOConfig):
-    """TRL's `GRPOConfig` with what GAPO adds; every one of its arguments may be given."""
+class GAPOConfig(BalanceConfig, GRPOConfig):  # type: ignore[misc]
+    """TRL's `GRPOConfig` with what GAPO adds; every one of its arguments may be given.
 
-    power: float = field(default=1.0, metadata={"help": "p of the norm that each gradient is divided by; at least 0."})
-    preference: list[float] | None = field(
-        default=None, metadata={"help": "One share for each objective, of sum 1: P-GAPO, which has no common descent."}
-    )
-    weighting: Any = field(
-        default="gapo",
-        metadata={
-            "help": "'gapo'; 'mgda': p = 0; 'linear': `reward_weights`; 'gdpo': TRL's normalise-then-sum; or a callable from "
-            "the Gramian to weights, such as TorchJD's."
-        },
-    )
+    `reward_weights` are the weights of the linear update. `gram_scope` is by default the last block, as in the paper, in two
+    passes, and everything that is trained in exact mode.
+    """
+
     gram_mode: str = field(
         default="two_pass",
         metadata={
             "help": "'two_pass': weights from the gradients in `gram_scope`, then one ordinary step with re-weighted "
             "advantages; 'exact': the weighted sum of all gradients is the step."
         },
-    )
-    gram_scope: str | None = field(
-        default=None,
-        metadata={
-            "help": "What the Gramian is taken over: 'trainable', 'lora', 'last_block' or a pattern of names. If None the last "
-            "block, as in the paper, in two passes, and everything in exact mode."
-        },
-    )
-    gram_estimate: str = field(
-        default="full",
-        metadata={"help": "'split_half': products across two halves of the samples, which noise does not inflate."},
-    )
-    match_norm: bool = field(
-        default=True, metadata={"help": "Give the update the length of the linear one, whatever p is."}
     )
     kl_inside_objectives: bool = field(
         default=True,
@@ -81,31 +58,11 @@ class GAPOConfig(GRPOConfig):
             "too, which is most of what p = 1 does."
         },
     )
-    gradient_checkpointing: bool | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "Less memory for one more forward pass an objective; off, other than TRL's."}
-    )
-    report_to: str | list[str] = field(default="none", metadata={"help": "Nothing leaves the machine unless asked."})
-    logging_steps: float = field(default=1, metadata={"help": "Every step is logged."})
-    dataloader_pin_memory: bool = field(
-        default_factory=torch.cuda.is_available, metadata={"help": "Where there is a device to copy to."}
-    )
 
     def __post_init__(self) -> None:
-        check_power(self.power)
-        for name, value, known in (
-            ("gram_mode", self.gram_mode, _MODES),
-            ("gram_estimate", self.gram_estimate, _ESTIMATES),
-            ("weighting", self.weighting, WEIGHTINGS),
-        ):
-            if value not in known and not (name == "weighting" and callable(value)):
-                raise ObjectiveError(f"{name} must be one of {', '.join(known)}. Found {value!r}.")
-        if self.preference is not None:
-            check_preference(self.preference)
-            if self.power != 1 or self.weighting != "gapo":
-                raise ObjectiveError(
-                    "A preference asks for P-GAPO, which has power=1 and weighting='gapo'. Found "
-                    f"power={self.power} and weighting={self.weighting!r}. Leave one of them out."
-                )
+        self.check_balance(("gapo", "mgda", "linear", "gdpo"))
+        if self.gram_mode not in _MODES:
+            raise ObjectiveError(f"gram_mode must be one of {', '.join(_MODES)}. Found {self.gram_mode!r}.")
         if self.weighting == "gdpo":
             self.multi_objective_aggregation = "normalize_then_sum"
         elif self.multi_objective_aggregation != "sum_then_normalize":
@@ -160,10 +117,11 @@ class GAPOTrainer(GRPOTrainer):
 
     GAPO, arXiv:2507.01915, section 3: with `g_k` the gradient of objective k and `n_k` its norm,
 
-        alpha = argmin over the simplex of || sum_k alpha_k g_k / n_k^p ||^2 ,    d = sum_k (alpha_k / n_k^p) g_k
+        alpha = argmin over the simplex of || sum_k alpha_k g_k / n_k^p ||^2 ,    d = c sum_k (alpha_k / n_k^p) g_k
 
-    and with `preference` P-GAPO, `d = sum_k lambda_k g_k / n_k` (equation 8). d has the length of the linear update, so that
-    the learning rate, clipping and KL mean the same for every p.
+    and with `preference` P-GAPO, `d = c sum_k lambda_k g_k / n_k` (equation 8). The paper has c = 1, with which the length of
+    the update depends on p; by default `c` makes the weighted sum of the lengths n_k that of the linear update, so that the
+    learning rate, clipping and KL mean the same for every p, and conflict still shortens the step (`rescale`).
 
     The paper rescales the gradients of PPO's clipped surrogates, with one critic for each reward. TRL has removed PPO; here
     an objective is GRPO's surrogate with the advantages of its own reward, centred within the group of completions of one
@@ -226,8 +184,7 @@ class GAPOTrainer(GRPOTrainer):
             if isinstance(reward_funcs, Sequence) and not isinstance(reward_funcs, str)
             else [reward_funcs]
         )
-        if args.preference is not None:
-            check_preference(args.preference, len(objectives))
+        args.check_count(len(objectives))
         self._window: Gradients | None = None
         self._update: Update | None = None
         self._forward: _Forward | None = None
@@ -267,6 +224,7 @@ class GAPOTrainer(GRPOTrainer):
         everything = {name: each for name, each in self.model.named_parameters() if each.requires_grad}
         self._measured = everything if args.gram_mode == "exact" else scope
         self._scope = frozenset(scope)
+        self._balance = Balance(args, tuple(self.reward_weights.double().tolist()))
 
     # Rewards and advantages
 
@@ -311,7 +269,7 @@ class GAPOTrainer(GRPOTrainer):
         if self.accelerator.sync_gradients:
             self._update = None
         if not update.step:
-            return _no_loss(self.accelerator.device)
+            return no_loss(self.accelerator.device)
         if self.args.weighting == "gdpo":
             return self._loss(model, inputs, inputs["advantages"], forward)
         weights = torch.tensor(update.weights, device=self.accelerator.device, dtype=torch.float32)
@@ -355,7 +313,7 @@ class GAPOTrainer(GRPOTrainer):
                 self._window.write([*weights, *own, *outside])
             self._window = None
         # The gradients are in place; what goes back to the Trainer leads nowhere.
-        return _no_loss(self.accelerator.device) + loss.detach()
+        return no_loss(self.accelerator.device) + loss.detach()
 
     def _loss(self, model: Any, inputs: dict[str, Any], advantages: Tensor, forward: "_Forward | None") -> Tensor:
         """Return TRL's loss of these advantages, on a forward pass that has been made."""
@@ -395,7 +353,10 @@ class GAPOTrainer(GRPOTrainer):
         parameters = list(self._measured.values())
         for made in forward.passes:
             ours = [(logps[made.rows], None if e is None else e[made.rows]) for logps, e in cotangents]
-            gradients.add(int(inputs["half"][made.rows[0]]), pull(made, ours, parameters), len(made.rows))
+            half = int(inputs["half"][made.rows[0]])
+            gradients.rows[half] += len(made.rows)
+            for index, gradient in enumerate(pull(made, ours, parameters)):
+                gradients.put(half, index, gradient)
         return forward
 
     def _cotangent(
@@ -413,45 +374,13 @@ class GAPOTrainer(GRPOTrainer):
 
     def _solve(self, gradients: Gradients) -> Update:
         """Return the weights of the step, the same on every process, and log what they are made of."""
-        objectives = len(self.objectives)
-
-        def total(values: Tensor) -> Tensor:
-            device = self.accelerator.device
-            return self.accelerator.reduce(values.to(device, torch.float32), reduction="sum").double().cpu()
-
-        if self.accelerator.num_processes > 1:
-            gradients.reduce(lambda each: self.accelerator.reduce(each, reduction="mean"), total)
-        geometry = Geometry.of(gradients, objectives, self.args.gram_estimate == "split_half")
+        reduced(gradients, self.accelerator)
         assert gradients.signal is not None
-        linear = self.reward_weights.double().tolist()
-        power = 0.0 if self.args.weighting == "mgda" else self.args.power
-        update = update_for(
-            geometry,
-            self._weigh,
-            linear=linear,
-            silent=(gradients.signal == 0).tolist(),
-            keeps_silent=self.args.weighting in ("linear", "gdpo")
-            or (self.args.weighting in ("gapo", "mgda") and power == 0),
-            match_norm=self.args.match_norm and self.args.weighting != "linear",
-        )
-        progress = norm = None
-        if self.args.weighting == "gdpo":
-            products = gradients.products()
-            progress = products[:objectives, objectives]
-            norm = math.sqrt(max(float(products[objectives, objectives]), 0.0))
-        for name, value in update.figures(self.objectives, progress, norm).items():
+        own = len(self.objectives) if self.args.weighting == "gdpo" else None
+        update = self._balance.update(gradients, (gradients.signal[: len(self.objectives)] == 0).tolist(), own)
+        for name, value in update.figures(self.objectives).items():
             self._metrics["train"][name].append(value)
         return update
-
-    def _weigh(self, gramian: Tensor) -> Tensor:
-        weighting = self.args.weighting
-        if callable(weighting):
-            return weighting(gramian)
-        if weighting in ("linear", "gdpo"):
-            return self.reward_weights.double()
-        return gapo_weights(
-            gramian, power=0.0 if weighting == "mgda" else self.args.power, preference=self.args.preference
-        )
 
     # One forward pass for all objectives
 
@@ -552,11 +481,6 @@ def objective_advantages(rewards: Tensor, group: int, scale: str) -> Tensor:
 def _minus(one: tuple[Tensor, Tensor | None], other: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
     entropies = one[1] if other[1] is None or one[1] is None else one[1] - other[1]
     return one[0] - other[0], entropies
-
-
-def _no_loss(device: torch.device) -> Tensor:
-    """Return a loss that reaches no parameter: their gradients stay None, and an optimiser leaves them alone."""
-    return torch.zeros((), device=device, requires_grad=True)
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
