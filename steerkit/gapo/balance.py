@@ -1,6 +1,7 @@
 """How objectives are weighed: the settings, and the weights of one optimiser step from its gradients."""
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerkit.errors import ObjectiveError
+from steerkit.errors import ObjectiveError, TrainingError
 from steerkit.gapo.gradients import Gradients
 from steerkit.maths.pareto import check_power, check_preference, gapo_weights, positive_part
 
@@ -16,6 +17,8 @@ ESTIMATES = ("full", "split_half")
 RESCALES = ("lengths", "update", "none")
 _STATIONARY = 1e-6
 """Length of the update, relative to what it is summed from, under which it is rounding."""
+_RIDGE = 1e-6
+"""Share of each squared length that is added to a projected estimate."""
 
 
 @dataclass
@@ -80,6 +83,25 @@ class BalanceConfig:
                 f"Plain multiple-gradient descent has power 0. Found {self.power}. Use weighting='gapo'."
             )
 
+    def check_distribution(self, args: Any) -> None:
+        """Raise TrainingError for what keeps gradients to itself: TRL's arguments of sharding and loss scaling."""
+        sharded = bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true", "yes")
+        if args.deepspeed is not None or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in (
+            "1",
+            "true",
+            "yes",
+        ):
+            raise TrainingError(
+                "GAPO needs one gradient for each objective. Found DeepSpeed, whose engine keeps gradients to itself. Use DDP."
+            )
+        if sharded:
+            raise TrainingError(
+                "GAPO needs one gradient for each objective. Found FSDP: sharded parameters give none outside their own "
+                "backward pass. Use DDP."
+            )
+        if args.fp16:
+            raise TrainingError("Norms of gradients overflow under fp16's loss scaling. Found fp16=True. Use bf16.")
+
     def check_count(self, count: int) -> None:
         """Raise ObjectiveError for a preference of another length than there are objectives."""
         try:
@@ -109,7 +131,7 @@ class Update:
     @property
     def step(self) -> bool:
         """Whether there is an update at all."""
-        return any(weight != 0 for weight in self.weights)
+        return self.norm > 0 and any(weight != 0 for weight in self.weights)
 
     def figures(self, names: Sequence[str]) -> dict[str, float]:
         """Return what is logged, by name."""
@@ -176,6 +198,8 @@ class Balance:
             if self.config.gram_estimate == "split_half":
                 shares = [rows / sum(gradients.rows) for rows in gradients.rows]
                 estimate = positive_part((across + across.T) / (2 * shares[0] * shares[1]))
+                # What is projected is often singular; the least ridge makes its weights unique.
+                estimate += _RIDGE * gramian.diagonal().diag()
         leaves = self.config.weighting not in ("linear", "gdpo", "mgda") and not (
             self.config.weighting == "gapo" and self.power == 0
         )
@@ -183,7 +207,9 @@ class Balance:
         for index, gone in enumerate(dropped):
             if gone:
                 estimate[index] = estimate[:, index] = 0.0
-        weights = self._rescaled(self._weights(estimate), gramian)
+        weights = self._weights(estimate)
+        weights[list(dropped)] = 0.0
+        weights = self._rescaled(weights, gramian)
         if own is None:
             progress, norm = gramian @ weights, math.sqrt(max(float(weights @ gramian @ weights), 0.0))
         else:

@@ -100,8 +100,8 @@ def last_output(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Ite
 
 def pull(
     made: Pass, cotangents: Sequence[tuple[Tensor, Tensor | None]], parameters: Sequence[nn.Parameter]
-) -> Iterator[list[Tensor]]:
-    """Yield for each objective its gradient over these parameters.
+) -> Iterator[list[Tensor | None]]:
+    """Yield for each objective its gradient over these parameters, None where the loss does not depend on one.
 
     Args:
         made: the forward pass; its graph is kept.
@@ -136,7 +136,7 @@ def pull(
         else:
             ours = [each.to(output) for each, output in zip(ours, outputs, strict=True)]
             found = torch.autograd.grad(outputs, parameters, ours, retain_graph=True, allow_unused=True)
-        yield [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]
+        yield list(found)
 
 
 @dataclass
@@ -155,11 +155,16 @@ class Gradients:
     """`"gradient"`, the sum of each objective's advantages without their sign: 0 where its rewards tell nothing."""
     _halves: tuple[dict[int, list[Tensor]], dict[int, list[Tensor]]] = field(default_factory=lambda: ({}, {}))
     _rest: dict[int, list[Tensor]] = field(default_factory=dict)
+    _reached: set[str] = field(default_factory=set)
 
-    def put(self, half: int, index: int, gradient: Sequence[Tensor]) -> None:
+    def put(self, half: int, index: int, gradient: Sequence[Tensor | None]) -> None:
         """Add one objective's gradient over samples of one half, in the order of the parameters."""
-        inside = [g for name, g in zip(self.parameters, gradient, strict=True) if name in self.scope]
-        outside = [g for name, g in zip(self.parameters, gradient, strict=True) if name not in self.scope]
+        inside: list[Tensor] = []
+        outside: list[Tensor] = []
+        for (name, parameter), found in zip(self.parameters.items(), gradient, strict=True):
+            if found is not None:
+                self._reached.add(name)
+            (inside if name in self.scope else outside).append(torch.zeros_like(parameter) if found is None else found)
         _accumulate(self._halves[half], index, inside)
         _accumulate(self._rest, index, outside)
 
@@ -207,11 +212,12 @@ class Gradients:
         return min(self.rows) > 0
 
     def write(self, weights: Sequence[float]) -> None:
-        """Write the weighted sum into `.grad` of every parameter."""
+        """Write the weighted sum into `.grad` of every parameter that an objective depends on."""
         inside = iter(_weighted(self._over_scope(None), weights))
         outside = iter(_weighted([self._rest[index] for index in range(self.count)], weights))
         for name, parameter in self.parameters.items():
-            parameter.grad = next(inside if name in self.scope else outside)
+            found = next(inside if name in self.scope else outside)
+            parameter.grad = found if name in self._reached else None
 
 
 def _accumulate(held: dict[int, list[Tensor]], index: int, more: list[Tensor]) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
-from steerkit.errors import MissingDependencyError, ObjectiveError, TrainingError
+from steerkit.errors import MissingDependencyError, ObjectiveError
 from steerkit.gapo.balance import Balance, BalanceConfig, no_loss, reduced
 from steerkit.gapo.gradients import Gradients, scope_of
 from steerkit.model import around_same_weights
@@ -41,6 +41,7 @@ class GAPODPOConfig(BalanceConfig, DPOConfig):  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         self.check_balance(("gapo", "mgda", "linear"))
+        self.check_distribution(self)
         self.gram_scope = self.gram_scope or "trainable"
         if self.bf16 is None and not torch.cuda.is_available():
             self.bf16 = False
@@ -71,7 +72,7 @@ class GAPODPOTrainer(DPOTrainer):
 
     Raises:
         ObjectiveError: no objectives, no pairs, or weights or a preference of another number.
-        TrainingError: DeepSpeed, FSDP or fp16.
+        TrainingError: by the config, for DeepSpeed, FSDP or fp16.
     """
 
     args: GAPODPOConfig
@@ -93,10 +94,6 @@ class GAPODPOTrainer(DPOTrainer):
         if args.objective_weights is not None and len(args.objective_weights) != count:
             raise ObjectiveError(
                 f"objective_weights needs one number for each of {count}. Found {args.objective_weights}."
-            )
-        if args.deepspeed is not None or args.fp16:
-            raise TrainingError(
-                "GAPO needs one plain gradient for each objective. Found DeepSpeed or fp16. Use DDP and bf16."
             )
         rows = [
             _rows(name, pairs).add_column(_COLUMN, [k] * len(pairs))
@@ -120,8 +117,6 @@ class GAPODPOTrainer(DPOTrainer):
                 peft_config=peft_config,
                 **given,
             )
-        if self.is_fsdp_enabled:
-            raise TrainingError("GAPO needs one gradient for each objective. Found sharded parameters. Use DDP.")
         scope = scope_of(self.model, str(args.gram_scope))
         self._trained = {name: each for name, each in self.model.named_parameters() if each.requires_grad}
         self._scope = frozenset(scope)
@@ -145,8 +140,7 @@ class GAPODPOTrainer(DPOTrainer):
         self._micro += 1
         parameters = list(self._trained.values())
         gradient = torch.autograd.grad(loss / self._batches, parameters, allow_unused=True)
-        whole = [torch.zeros_like(p) if g is None else g for g, p in zip(gradient, parameters, strict=True)]
-        self._window.put(batch % 2, objective, whole)
+        self._window.put(batch % 2, objective, gradient)
         self._window.rows[batch % 2] += 1
         if self.accelerator.sync_gradients:
             update = self._balance.update(reduced(self._window, self.accelerator))

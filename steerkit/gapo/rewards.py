@@ -2,11 +2,13 @@
 
 import functools
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from steerkit.errors import RewardError
+
+_MOST = 3.4e38
+"""Rewards are kept in float32."""
 
 
 def checked(function: Callable[..., Any], name: str) -> Callable[..., Any]:
@@ -73,8 +75,8 @@ def _rewards(found: Any, name: str, prompts: Sequence[Any]) -> list[float | None
         )
     for prompt, value in zip(prompts, values, strict=True):
         try:
-            fine = value is None or math.isfinite(value)
-        except TypeError:
+            fine = value is None or (not isinstance(value, str | bytes) and abs(float(value)) <= _MOST)
+        except (TypeError, ValueError, OverflowError):
             fine = False
         if not fine:
             raise RewardError(

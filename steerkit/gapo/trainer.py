@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 
 from steerkit.errors import MissingDependencyError, ObjectiveError, RewardError, SteerkitWarning, TrainingError
 from steerkit.gapo.balance import Balance, BalanceConfig, Update, no_loss, reduced
@@ -61,6 +62,7 @@ class GAPOConfig(BalanceConfig, GRPOConfig):  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         self.check_balance(("gapo", "mgda", "linear", "gdpo"))
+        self.check_distribution(self)
         if self.gram_mode not in _MODES:
             raise ObjectiveError(f"gram_mode must be one of {', '.join(_MODES)}. Found {self.gram_mode!r}.")
         if self.weighting == "gdpo":
@@ -85,12 +87,12 @@ class GAPOConfig(BalanceConfig, GRPOConfig):  # type: ignore[misc]
                 "Several gradients of one pass need non-reentrant checkpointing: the reentrant kind refuses every backward "
                 "pass that names its parameters. Set gradient_checkpointing_kwargs={'use_reentrant': False}."
             )
-        if self.deepspeed is not None:
+        if self.ddp_broadcast_buffers:
             raise TrainingError(
-                "GAPO needs one gradient for each objective. Found DeepSpeed, whose engine keeps gradients to itself. Use DDP."
+                "Processes run as many forward passes as their samples have halves, so none may wait for the others in each. "
+                "Found ddp_broadcast_buffers=True. Leave it out."
             )
-        if self.fp16:
-            raise TrainingError("Norms of gradients overflow under fp16's loss scaling. Found fp16=True. Use bf16.")
+        self.ddp_broadcast_buffers = False
         if self.use_adaptive_entropy:
             raise TrainingError(
                 "The adaptive entropy coefficient counts each pass of the loss. Found use_adaptive_entropy=True. Use entropy_coef."
@@ -135,11 +137,12 @@ class GAPOTrainer(GRPOTrainer):
 
     Like every Trainer it trains the model that it is given; with `peft_config` it trains an adapter on a second tree of
     modules around the same weights, and the given model stays as it is. The policy is `trainer.model`;
-    `PreferenceVector.difference(trainer.model, model)` makes it a vector.
+    `PreferenceVector.difference(trainer.model, model, name="mine")` makes it a vector.
 
     Logged each step, beside TRL's figures: `gapo/weight`, `norm`, `progress` (`<d, g_k>`), `signal` (cosine of an objective's
     gradients over two halves of the samples) and `dropped` for each objective, `cosine` for each pair, `norm_ratio`,
-    `update_norm`, `opposed` (the update opposes an objective), `no_step`.
+    `update_norm`, `opposed` (the update opposes an objective), `no_step`. They are of the objectives' part of the update; KL that
+    is kept outside comes on top.
 
     Args:
         model: a causal language model, a PEFT model, or a name, as TRL takes them.
@@ -185,6 +188,8 @@ class GAPOTrainer(GRPOTrainer):
             else [reward_funcs]
         )
         args.check_count(len(objectives))
+        if args.beta and isinstance(model, nn.Module) and peft_config is None and not hasattr(model, "peft_config"):
+            _check_reference(model)
         self._window: Gradients | None = None
         self._update: Update | None = None
         self._forward: _Forward | None = None
@@ -212,11 +217,6 @@ class GAPOTrainer(GRPOTrainer):
                 f"One objective, {self.objectives[0]!r}: there is nothing to balance. This is plain GRPO.",
                 SteerkitWarning,
                 stacklevel=2,
-            )
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise TrainingError(
-                "GAPO needs one gradient for each objective. Found sharded parameters, which give none outside their own "
-                "backward pass. Use DDP (accelerate launch --multi_gpu)."
             )
         if args.gram_mode == "exact" and self.aux_loss_enabled:
             raise TrainingError("Exact mode has no place for a router's loss. Found one. Use gram_mode='two_pass'.")
@@ -254,6 +254,9 @@ class GAPOTrainer(GRPOTrainer):
             output["objective_advantages"] = advantages[own]
             output["half"] = half[own]
         return output
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        return _Epochs(super()._get_train_sampler(dataset))
 
     # The loss
 
@@ -352,11 +355,16 @@ class GAPOTrainer(GRPOTrainer):
             cotangents = [_minus(each, outside) for each in cotangents] + [outside]
         parameters = list(self._measured.values())
         for made in forward.passes:
-            ours = [(logps[made.rows], None if e is None else e[made.rows]) for logps, e in cotangents]
-            half = int(inputs["half"][made.rows[0]])
-            gradients.rows[half] += len(made.rows)
-            for index, gradient in enumerate(pull(made, ours, parameters)):
-                gradients.put(half, index, gradient)
+            half_of = inputs["half"][made.rows]
+            for half in half_of.unique().tolist():
+                own = (half_of == half)[:, None]
+                gradients.rows[half] += int(own.sum())
+                ours = [
+                    (logps[made.rows] * own, None if entropies is None else entropies[made.rows] * own)
+                    for logps, entropies in cotangents
+                ]
+                for index, gradient in enumerate(pull(made, ours, parameters)):
+                    gradients.put(half, index, gradient)
         return forward
 
     def _cotangent(
@@ -393,7 +401,8 @@ class GAPOTrainer(GRPOTrainer):
         if self._forward.logps is None:
             self._forward.make(
                 lambda rows: compute(model, input_ids[rows], attention_mask[rows], *args, **kwargs),
-                whole=any(value is not None for key, value in kwargs.items() if key not in _PLAIN),
+                # A router's loss is of the whole batch, and so are the tensors of images.
+                whole=self.aux_loss_enabled or any(v is not None for key, v in kwargs.items() if key not in _PLAIN),
             )
         return self._forward.logps, self._forward.entropies, self._forward.aux
 
@@ -406,6 +415,24 @@ class GAPOTrainer(GRPOTrainer):
             yield
         finally:
             self._metrics = logged
+
+
+class _Epochs(Sampler[int]):
+    """TRL's order of prompts, drawn for each epoch by its number: TRL draws on, and a resumed run would begin anew."""
+
+    def __init__(self, order: Any) -> None:
+        self.order = order
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of an epoch; that of the first is TRL's."""
+        if self.order.shuffle and self.order.seed is not None:
+            self.order.generator.manual_seed(self.order.seed + epoch)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.order)
 
 
 _PLAIN = ("compute_entropy", "compute_aux_loss", "batch_size")
@@ -472,15 +499,26 @@ def objective_advantages(rewards: Tensor, group: int, scale: str) -> Tensor:
     centred = torch.where(centred.abs() <= 1e-6 * level, 0.0, centred)
     if scale == "none":
         return centred.view_as(rewards)
+    # TRL's: the deviation of the rewards themselves.
     axes = (1,) if scale == "group" else (0, 1)
     count = known.sum(dim=axes, keepdim=True).clamp(min=2)
-    deviation = (centred.square().sum(dim=axes, keepdim=True) / (count - 1)).sqrt()
+    apart = torch.where(known, grouped - grouped.nanmean(dim=axes, keepdim=True), 0.0)
+    deviation = (apart.square().sum(dim=axes, keepdim=True) / (count - 1)).sqrt()
     return (centred / (deviation + 1e-4)).view_as(rewards)
 
 
 def _minus(one: tuple[Tensor, Tensor | None], other: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
     entropies = one[1] if other[1] is None or one[1] is None else one[1] - other[1]
     return one[0] - other[0], entropies
+
+
+def _check_reference(model: nn.Module) -> None:
+    name = str(getattr(model.config, "_name_or_path", ""))
+    if not name:
+        raise TrainingError(
+            "With beta above 0 and full weights, TRL loads the reference anew by the model's name. Found a model without one. "
+            "Load it from a folder or hub, train an adapter (peft_config), or set beta=0."
+        )
 
 
 def _distinct(names: Sequence[str]) -> list[str]:

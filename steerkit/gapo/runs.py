@@ -1,0 +1,101 @@
+"""A GAPO run from names and texts, as the command line gives them: reward functions by name, an adapter as the result."""
+
+import importlib
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from steerkit.errors import MissingDependencyError, ObjectiveError, TextsError, UnsupportedModelError
+from steerkit.gapo.trainer import GAPOConfig, GAPOTrainer
+
+try:
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers.trainer_callback import PrinterCallback
+except ImportError as error:
+    raise MissingDependencyError(
+        f"Training needs trl, peft and datasets. Found {error}. Run: pip install 'steerkit-sdk[train]'."
+    ) from error
+
+
+def reward_function(name: str) -> Callable[..., Any]:
+    """Return the function that `module:function` names; modules of the working directory are found too.
+
+    Raises:
+        ObjectiveError: the module or the function is not there.
+    """
+    module, colon, function = name.partition(":")
+    if not (module and colon and function):
+        raise ObjectiveError(f"A reward is named as module:function. Found {name!r}. Write it like rewards:politeness.")
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ObjectiveError(f"The reward {name!r} must be importable. Found: {error}. Check the names.") from error
+    if not callable(found):
+        raise ObjectiveError(f"A reward must be a function. Found that {name!r} is {type(found).__name__}.")
+    return found
+
+
+def train(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Any],
+    rewards: Sequence[Any],
+    *,
+    config: GAPOConfig,
+    rank: int = 16,
+) -> GAPOTrainer:
+    """Train an adapter on prompts and return the trainer that did; `trainer.model` is the policy.
+
+    Raises:
+        TextsError: no prompts.
+        UnsupportedModelError: the model is wrapped already.
+        ObjectiveError, RewardError, TrainingError: as `GAPOTrainer`.
+    """
+    if not prompts:
+        raise TextsError("A run needs prompts. Found none.")
+    if hasattr(model, "peft_config"):
+        raise UnsupportedModelError("A run starts from a plain model. Found one under PEFT. Merge its adapter first.")
+    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    rows = Dataset.from_list([{"prompt": prompt} for prompt in prompts])
+    trainer = GAPOTrainer(model, list(rewards), config, rows, processing_class=tokenizer, peft_config=lora)
+    trainer.remove_callback(PrinterCallback)
+    with warnings.catch_warnings():
+        # TRL asks for an attribute that transformers has deprecated.
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+        trainer.train()
+    return trainer
+
+
+def summary(trainer: GAPOTrainer, window: int = 10) -> dict[str, Any]:
+    """Return what a run did, by objective: reward at the start and the end, mean weight and signal; and its conflicts."""
+    history: list[Mapping[str, float]] = [row for row in trainer.state.log_history if "gapo/opposed" in row]
+
+    def mean(key: str, rows: Sequence[Mapping[str, float]] = history) -> float | None:
+        values = [row[key] for row in rows if key in row]
+        return sum(values) / len(values) if values else None
+
+    found: dict[str, Any] = {"steps": trainer.state.global_step, "opposed": mean("gapo/opposed"), "objectives": {}}
+    for name, theirs in zip(trainer.objectives, trainer.reward_func_names, strict=True):
+        key = f"rewards/{theirs}/mean"
+        found["objectives"][name] = {
+            "reward_first": mean(key, history[:window]),
+            "reward_last": mean(key, history[-window:]),
+            "weight": mean(f"gapo/weight/{name}"),
+            "signal": mean(f"gapo/signal/{name}"),
+        }
+    return found
+
+
+def save(trainer: GAPOTrainer, folder: Path) -> None:
+    """Write the adapter, and what was logged at each step."""
+    trainer.model.save_pretrained(folder)
+    (folder / "gapo.json").write_text(
+        json.dumps({**summary(trainer), "history": trainer.state.log_history}, indent=1), "utf-8"
+    )
