@@ -219,6 +219,75 @@ def read_texts(run):
     return table(head, rows)
 
 
+def bracketed(values):
+    """Return a mean with its interval, three digits."""
+    return "{:.3f} [{:.3f}, {:.3f}]".format(*values)
+
+
+def bandit_ends(run):
+    """Return where each method ends."""
+    keys = ("worst", "mean", "hypervolume", "from the front")
+    rows = [
+        (name, *(bracketed(f[key]) for key in keys), f"{100 * f['objective gets worse']:.0f} %")
+        for name, f in run.items()
+        if "worst" in f
+    ]
+    return table(("method", *keys, "gets worse"), rows)
+
+
+def bandit_many(run):
+    """Return what five trainings reach, for two and three objectives."""
+    rows = []
+    for count in (2, 3):
+        for name, f in run[f"{count} objectives"].items():
+            if "worst" in f:
+                continue
+            order = f.get("in order of the preference")
+            rows.append(
+                (
+                    count,
+                    name,
+                    bracketed(f["hypervolume"]),
+                    bracketed(f["spacing"]) if "spacing" in f else "",
+                    f"{100 * f['dominated']:.0f} %" if "dominated" in f else "",
+                    "" if order is None else f"{100 * order:.0f} %",
+                )
+            )
+    return table(("objectives", "trainings", "hypervolume", "spacing", "dominated points", "ends in order"), rows)
+
+
+def bandit_fronts(run):
+    """Return fronts at equal compute."""
+    keys = ("hypervolume", "best worst", "hypervolume less P-GAPO's")
+    head = ("front", "hypervolume", "best point's worse objective", "hypervolume less P-GAPO's")
+    return table(
+        head, [(name, *(bracketed(f[key]) if key in f else "" for key in keys)) for name, f in run["fronts"].items()]
+    )
+
+
+def pareto_solves(run):
+    """Return exactness and time of the min-norm solvers."""
+    keys = ("excess of the length", "violation", "excess of the square where positive")
+    rows = [
+        (count, name, *(f"{f[count][key]:.1e}" for key in keys), "{1:.0f} [{0:.0f}, {2:.0f}]".format(*f[count]["us"]))
+        for count in ("2", "3", "5", "8")
+        for name, f in run["solvers"].items()
+    ]
+    return table(
+        ("objectives", "solver", "excess of the length", "violation", "excess of the square", "µs a solve"), rows
+    )
+
+
+def gapo_costs(run):
+    """Return a step's cost beside stock GRPO."""
+    rows = []
+    for arm, runs in run["arms"].items():
+        rises = sorted(each["rise_MiB"] for each in runs)
+        ratio = "{1:.2f} [{0:.2f}, {2:.2f}]".format(*run["x stock"][arm])
+        rows.append((arm, ratio, f"{rises[len(rises) // 2]:.0f} MiB"))
+    return table(("arm", "CPU time, × stock", "rise in memory"), rows)
+
+
 def mixtures(run):
     """Return the cost of mixtures by row."""
     arms = ("linear", "bare", "hook", "half rank", "merge a row")
@@ -305,6 +374,21 @@ def main():
         "train_steps": cost["training"]["steps"],
         "merges": merges(merge),
         "merges_how": how(merge),
+    }
+    bandit, solves, steps = (load(name) for name in ("gapo_bandit", "pareto_cost", "gapo_cost"))
+    values |= {
+        "bandit_count": bandit["settings"]["bandits"],
+        "bandit_arms": bandit["settings"]["arms"],
+        "bandit_steps": bandit["settings"]["steps"],
+        "bandit_two": bandit_ends(bandit["2 objectives"]),
+        "bandit_three": bandit_ends(bandit["3 objectives"]),
+        "bandit_many": bandit_many(bandit),
+        "bandit_fronts": bandit_fronts(bandit),
+        "bandit_how": how(bandit),
+        "pareto": pareto_solves(solves),
+        "pareto_how": how(solves),
+        "gapo_cost": gapo_costs(steps),
+        "gapo_cost_how": how(steps),
     }
     for name, value in values.items():
         page = page.replace("{{" + name + "}}", str(value))

@@ -2,9 +2,11 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from tiny import tiny_model, tiny_tokenizer
 
 from steerkit import Concept, PolicyConfig, PreferenceVector, train_policy
@@ -15,6 +17,14 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 
 def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", page.read_text("utf-8"), flags=re.DOTALL)
+
+
+def brevity(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    return [-float(sum(ids)) / len(ids) for ids in completion_ids]
+
+
+def variety(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    return [float(len(set(ids))) for ids in completion_ids]
 
 
 @pytest.fixture
@@ -47,10 +57,14 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
         "cautious": PreferenceVector.difference(policy, model, name="cautious"),
         "new_happy_texts": [f"w3 {text}" for text in happy],
         "new_unhappy_texts": [f"w3 {text}" for text in unhappy],
+        "brevity": brevity,
+        "variety": variety,
+        "prompts": Dataset.from_list([{"prompt": f"w{i} w{i + 1}"} for i in range(8)]),
         "torch": torch,
     }
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_snippets_run(page: Path, names: dict[str, object]) -> None:
     for number, block in enumerate(blocks(page, "python")):
