@@ -11,8 +11,8 @@ lengths is that of the linear update), or to the length of the linear update.
 Values are shares of what each objective alone can gain over the start. Intervals are 95 % bootstraps over bandits.
 
 The second part compares fronts at equal training compute on a policy with a hidden layer, where mixing is not exact:
-five trainings of P-GAPO, one a preference, against mixtures of the weights of m single-objective trainings that get the
-same number of steps together.
+five trainings of P-GAPO, one a preference, against mixtures of the weights of two single-objective trainings that take the
+same number of gradients together.
 """
 
 import itertools
@@ -30,7 +30,7 @@ from steerkit.gapo.front import Front
 BETA = 0.3
 SPREAD = (1.0, 5.0, 2.0)
 PREFERENCES = (0.0, 0.25, 0.5, 0.75, 1.0)
-Weigh = Callable[[Tensor], Tensor]
+Weigh = Callable[[Tensor], Tensor] | Tensor
 
 
 def bandits(count: int, arms: int, objectives: int, seed: int) -> Tensor:
@@ -56,7 +56,7 @@ def combined(gradients: Tensor, weigh: Weigh, same_length: bool = False) -> Tens
     The weighted sum of the gradients' lengths is that of the linear update, or the update's own length is.
     """
     grams = gradients @ gradients.transpose(1, 2)
-    weights = torch.stack([weigh(gram) for gram in grams])
+    weights = weigh if isinstance(weigh, Tensor) else torch.stack([weigh(gram) for gram in grams])
     update, plain = (weights[..., None] * gradients).sum(1), gradients.mean(1)
     norms = gradients.norm(dim=-1)
     lengths = (weights * norms).sum(1, keepdim=True)
@@ -125,6 +125,7 @@ def endings(rewards: Tensor, steps: int, rate: float, seed: int) -> dict[str, An
     even = torch.full((objectives,), 1 / objectives, dtype=torch.float64)
     methods: dict[str, Weigh] = {
         "linear": lambda gram: even,
+        "linear, rewards of unit deviation": 1 / rewards.std(-1),
         "MGDA (p = 0)": lambda gram: gapo_weights(gram, power=0),
         "GAPO p = 1": lambda gram: gapo_weights(gram, power=1),
         "GAPO p = 2": lambda gram: gapo_weights(gram, power=2),
@@ -133,7 +134,9 @@ def endings(rewards: Tensor, steps: int, rate: float, seed: int) -> dict[str, An
     front = torch.stack([gains(best(rewards, share.expand(len(rewards), -1)), rewards) for share in dense], dim=1)
     found: dict[str, Any] = {}
     arms = [(name, weigh, False) for name, weigh in methods.items()]
-    arms += [(f"{name}, length of linear", weigh, True) for name, weigh in methods.items() if name != "linear"]
+    arms += [
+        (f"{name}, length of linear", weigh, True) for name, weigh in methods.items() if not name.startswith("linear")
+    ]
     for name, weigh, same_length in arms:
         share = gains(ascend(rewards, weigh, steps, rate, same_length), rewards)
         found[name] = {
@@ -229,7 +232,8 @@ def fronts(count: int, steps: int, rate: float, seed: int) -> dict[str, Any]:
     net = Net(count, contexts, arms, 6, seed)
     preferences = grid(2)
     before = net.values(net.start, rewards)
-    single = [net.train(rewards, one_objective(k), len(preferences) * steps // 2, rate) for k in range(2)]
+    # A step of P-GAPO takes two gradients, so that five trainings of it pay for ten of one objective.
+    single = [net.train(rewards, one_objective(k), len(preferences) * steps, rate) for k in range(2)]
     tops = torch.stack([net.values(single[k], rewards)[:, k] for k in range(2)], dim=1)
 
     def shares(weights: Tensor) -> Tensor:

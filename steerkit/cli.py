@@ -460,7 +460,10 @@ def gapo(
     for name, figures in found["objectives"].items():
         table.add_row(name, *(_figure(figures, key) for key in ("reward_first", "reward_last", "weight", "signal")))
     _out.print(table, markup=False)
-    _out.print(f"{found['steps']} steps; an objective was opposed on {found['opposed'] or 0:.0%}")
+    opposed = (
+        "" if found["opposed"] is None else f"; the measured update opposed an objective on {found['opposed']:.0%}"
+    )
+    _out.print(f"{found['steps']} steps{opposed}")
     _out.print(f"wrote {output}", markup=False, soft_wrap=True)
 
 

@@ -63,7 +63,7 @@ def test_a_table_tells_objectives_and_conflicts(folder: Path) -> None:
     done = run(*BOTH, "--preference", "0.7,0.3", "--exact")
     assert done.exit_code == 0, done.output
     assert "varied" in done.stdout
-    assert "an objective was opposed on" in done.stdout
+    assert "opposed an objective on" in done.stdout
     assert (folder / "policy" / "adapter_config.json").exists()
 
 

@@ -11,14 +11,12 @@ from torch import Tensor
 
 from steerkit.errors import ObjectiveError, TrainingError
 from steerkit.gapo.gradients import Gradients
-from steerkit.maths.pareto import check_power, check_preference, gapo_weights, positive_part
+from steerkit.maths.pareto import check_power, check_preference, gapo_weights, split_half_gramian
 
 ESTIMATES = ("full", "split_half")
 RESCALES = ("lengths", "update", "none")
 _STATIONARY = 1e-6
 """Length of the update, relative to what it is summed from, under which it is rounding."""
-_RIDGE = 1e-6
-"""Share of each squared length that is added to a projected estimate."""
 
 
 @dataclass
@@ -42,13 +40,15 @@ class BalanceConfig:
     )
     gram_estimate: str = field(
         default="full",
-        metadata={"help": "'split_half': products across two halves of the samples, which noise does not inflate."},
+        metadata={
+            "help": "'split_half': angles from products across two halves of the samples, which noise does not turn."
+        },
     )
     rescale: str = field(
         default="lengths",
         metadata={
             "help": "'lengths': the weighted sum of the gradients' lengths is that of the linear update, so that the learning "
-            "rate means the same for every p and conflict shortens the step; 'update': the update has the length of the linear "
+            "rate means the same for every p, and conflict shortens the step; 'update': the update has the length of the linear "
             "one, also where objectives cancel; 'none': the paper's."
         },
     )
@@ -99,6 +99,16 @@ class BalanceConfig:
                 "GAPO needs one gradient for each objective. Found FSDP: sharded parameters give none outside their own "
                 "backward pass. Use DDP."
             )
+        checkpointing = args.gradient_checkpointing_kwargs
+        if args.gradient_checkpointing and isinstance(checkpointing, dict) and checkpointing.get("use_reentrant"):
+            raise TrainingError(
+                "Several gradients of one pass need non-reentrant checkpointing: the reentrant kind refuses every backward "
+                "pass that names its parameters. Set gradient_checkpointing_kwargs={'use_reentrant': False}."
+            )
+        if args.auto_find_batch_size:
+            raise TrainingError(
+                "A smaller batch would end in the middle of a group or turn. Found auto_find_batch_size."
+            )
         if args.fp16:
             raise TrainingError("Norms of gradients overflow under fp16's loss scaling. Found fp16=True. Use bf16.")
 
@@ -133,6 +143,11 @@ class Update:
         """Whether there is an update at all."""
         return self.norm > 0 and any(weight != 0 for weight in self.weights)
 
+    @property
+    def applied(self) -> tuple[float, ...]:
+        """The weights of the step, 0 where there is none."""
+        return self.weights if self.step else (0.0,) * len(self.weights)
+
     def figures(self, names: Sequence[str]) -> dict[str, float]:
         """Return what is logged, by name."""
         norms = self.gramian.diagonal().clamp(min=0).sqrt().tolist()
@@ -166,10 +181,25 @@ class Balance:
     Args:
         config: the settings.
         linear: weights of the linear update, whose length is the measure of every other.
+        names: of the objectives.
+
+    Raises:
+        ObjectiveError: weights that are not finite, or for anything but a linear update below 0 or all 0.
     """
 
     config: BalanceConfig
     linear: tuple[float, ...]
+    names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        fine = all(map(math.isfinite, self.linear))
+        if self.config.weighting not in ("linear", "gdpo"):
+            fine = fine and min(self.linear) >= 0 and max(self.linear) > 0
+        if not fine:
+            raise ObjectiveError(
+                f"Weights of objectives must be finite, at least 0, and not all 0. Found {list(self.linear)}. For a cost, let "
+                "the objective itself return its negative."
+            )
 
     @property
     def power(self) -> float:
@@ -190,25 +220,28 @@ class Balance:
         count = len(self.linear)
         products = gradients.products()
         gramian = products[:count, :count]
+        if not bool(products.diagonal().isfinite().all()):
+            index = int((~products.diagonal().isfinite()).nonzero()[0])
+            name = self.names[index] if index < count else "the update"
+            raise TrainingError(
+                f"Gradients must be finite. Found NaN or infinity in that of {name!r}. Lower the learning rate, or look at its "
+                "rewards."
+            )
+        leaves = self.config.weighting not in ("linear", "gdpo", "mgda") and not (
+            self.config.weighting == "gapo" and self.power == 0
+        )
+        gone = [leaves and each for each in silent or [False] * count]
         signal, estimate = None, gramian.clone()
         if gradients.split:
             across = gradients.products(0, 1)[:count, :count]
             lengths = [gradients.products(half, half).diagonal()[:count] for half in (0, 1)]
             signal = across.diagonal() / (lengths[0] * lengths[1]).sqrt().clamp(min=1e-300)
-            if self.config.gram_estimate == "split_half":
-                shares = [rows / sum(gradients.rows) for rows in gradients.rows]
-                estimate = positive_part((across + across.T) / (2 * shares[0] * shares[1]))
-                # What is projected is often singular; the least ridge makes its weights unique.
-                estimate += _RIDGE * gramian.diagonal().diag()
-        leaves = self.config.weighting not in ("linear", "gdpo", "mgda") and not (
-            self.config.weighting == "gapo" and self.power == 0
-        )
-        dropped = tuple(leaves and quiet for quiet in silent or [False] * count)
-        for index, gone in enumerate(dropped):
-            if gone:
-                estimate[index] = estimate[:, index] = 0.0
-        weights = self._weights(estimate)
-        weights[list(dropped)] = 0.0
+            if self.config.gram_estimate == "split_half" and bool((signal > 0).any()):
+                estimate = split_half_gramian(gramian, across)
+                # With no signal measured, 0 would be a length, not a point where plain descent stops.
+                gone = [each or own <= 0 for each, own in zip(gone, signal.tolist(), strict=True)]
+        dropped = tuple(gone) if self.config.weighting not in ("linear", "gdpo") else (False,) * count
+        weights = self._weights(estimate, [index for index, out in enumerate(dropped) if not out])
         weights = self._rescaled(weights, gramian)
         if own is None:
             progress, norm = gramian @ weights, math.sqrt(max(float(weights @ gramian @ weights), 0.0))
@@ -216,19 +249,30 @@ class Balance:
             progress, norm = products[:count, own], math.sqrt(max(float(products[own, own]), 0.0))
         return Update(tuple(weights.tolist()), gramian, signal, dropped, tuple(progress.tolist()), norm)
 
-    def _weights(self, gramian: Tensor) -> Tensor:
+    def _weights(self, gramian: Tensor, live: Sequence[int]) -> Tensor:
         weighting = self.config.weighting
         if weighting in ("linear", "gdpo"):
             return torch.tensor(self.linear, dtype=torch.float64)
+        weights = torch.zeros(len(self.linear), dtype=torch.float64)
+        if not live:
+            return weights
+        index = torch.tensor(live)
+        part = gramian[index][:, index]
         if not callable(weighting):
-            return gapo_weights(gramian, power=self.power, preference=self.config.preference)
-        found = torch.as_tensor(weighting(gramian)).detach().double().flatten().cpu()
-        if len(found) != len(self.linear) or not bool(found.isfinite().all()) or bool((found < 0).any()):
+            # P-GAPO weighs each objective by itself, so the others keep their shares; a zero gradient gets none.
+            if self.config.preference is not None:
+                whole = torch.zeros_like(gramian)
+                whole[index[:, None], index] = part
+                return gapo_weights(whole, preference=self.config.preference)
+            weights[index] = gapo_weights(part, power=self.power)
+            return weights
+        found = torch.as_tensor(weighting(part)).detach().double().flatten().cpu()
+        if len(found) != len(live) or not bool(found.isfinite().all()) or bool((found < 0).any()):
             raise ObjectiveError(
-                f"A weighting must return one weight of at least 0 for each of {len(self.linear)} objectives. Found "
-                f"{found.tolist()}."
+                f"A weighting must return one weight of at least 0 for each of {len(live)} objectives. Found {found.tolist()}."
             )
-        return found
+        weights[index] = found
+        return weights
 
     def _rescaled(self, weights: Tensor, gramian: Tensor) -> Tensor:
         if self.config.weighting in ("linear", "gdpo"):

@@ -180,6 +180,9 @@ class Gradients:
                 held[index] = [mean(g) for g in ours]
         for index, each in self._rest.items():
             self._rest[index] = [mean(g) for g in each]
+        names = list(self.parameters)
+        reached = total(torch.tensor([float(name in self._reached) for name in names]))
+        self._reached = {name for name, count in zip(names, reached.tolist(), strict=True) if count}
         if self.signal is not None:
             self.signal = total(self.signal)
 

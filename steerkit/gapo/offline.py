@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
-from steerkit.errors import MissingDependencyError, ObjectiveError
+from steerkit.errors import MissingDependencyError, ObjectiveError, TrainingError
 from steerkit.gapo.balance import Balance, BalanceConfig, no_loss, reduced
 from steerkit.gapo.gradients import Gradients, scope_of
 from steerkit.model import around_same_weights
@@ -56,11 +56,13 @@ class GAPODPOTrainer(DPOTrainer):
         g_k = gradient of  E_(x, y+, y-) in D_k  -log sigmoid(beta (log-ratio(y+) - log-ratio(y-)))
         d   = sum_k w_k g_k ,  w from the Gramian of all that is trained
 
-    The batches of an optimiser step belong to one objective each, in turn: a step costs what one of TRL's costs with as many
-    batches, and K gradients of memory. Smaller data sets are gone through more than once in an epoch of the largest.
+    The batches of an optimiser step belong to one objective each, in turn: a step costs the time of one of TRL's with as many
+    batches, and the memory of K gradients for each of two halves and of their sums. Smaller data sets are gone through more
+    than once in an epoch of the largest.
 
     Like every Trainer it trains the model that it is given; with `peft_config` an adapter on a second tree of modules
-    around the same weights. Logged as by `GAPOTrainer`.
+    around the same weights. Logged as by `GAPOTrainer`; the signal needs two batches of each objective
+    (`gradient_accumulation_steps`).
 
     Args:
         model: a causal language model.
@@ -89,6 +91,14 @@ class GAPODPOTrainer(DPOTrainer):
         **given: Any,
     ) -> None:
         args = copy.copy(args or GAPODPOConfig("gapo-dpo"))
+        if not isinstance(args, GAPODPOConfig):
+            raise TrainingError(
+                f"A GAPODPOConfig is required. Found {type(args).__name__}. It takes the same arguments."
+            )
+        if args.gram_estimate == "split_half" and args.gradient_accumulation_steps < 2:
+            raise ObjectiveError(
+                "Halves need two batches of each objective. Found gradient_accumulation_steps=1. Set it to 2 or more."
+            )
         names, count = list(objectives), len(objectives)
         args.check_count(count)
         if args.objective_weights is not None and len(args.objective_weights) != count:
@@ -120,12 +130,26 @@ class GAPODPOTrainer(DPOTrainer):
         scope = scope_of(self.model, str(args.gram_scope))
         self._trained = {name: each for name, each in self.model.named_parameters() if each.requires_grad}
         self._scope = frozenset(scope)
-        self._balance = Balance(args, tuple(args.objective_weights or [1 / count] * count))
+        self._balance = Balance(args, tuple(args.objective_weights or [1 / count] * count), tuple(names))
+        left: Any = self.train_dataset
+        for index, name in enumerate(names):
+            if index not in set(left[_COLUMN]):
+                raise ObjectiveError(
+                    f"An objective needs pairs whose prompt leaves room for an answer. Found none for {name!r} under "
+                    f"max_length={args.max_length}. Raise it."
+                )
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as TRL does; what an interrupted run left of a step is forgotten."""
+        self._window = None
+        return super().train(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         rows: Any = self.train_dataset  # the argument has lost the columns that the model does not read
         at_once = self.args.per_device_train_batch_size * self.accelerator.num_processes * self._batches
-        return InTurn(list(rows[_COLUMN]), at_once, self.args.data_seed or self.args.seed)
+        return InTurn(
+            list(rows[_COLUMN]), at_once, self.args.seed if self.args.data_seed is None else self.args.data_seed
+        )
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

@@ -75,20 +75,26 @@ def train(
 
 def summary(trainer: GAPOTrainer, window: int = 10) -> dict[str, Any]:
     """Return what a run did, by objective: reward at the start and the end, mean weight and signal; and its conflicts."""
-    history: list[Mapping[str, float]] = [row for row in trainer.state.log_history if "gapo/opposed" in row]
+    history: Sequence[Mapping[str, float]] = trainer.state.log_history
 
-    def mean(key: str, rows: Sequence[Mapping[str, float]] = history) -> float | None:
-        values = [row[key] for row in rows if key in row]
-        return sum(values) / len(values) if values else None
+    def values(key: str) -> list[float]:
+        return [row[key] for row in history if key in row]
 
-    found: dict[str, Any] = {"steps": trainer.state.global_step, "opposed": mean("gapo/opposed"), "objectives": {}}
-    for name, theirs in zip(trainer.objectives, trainer.reward_func_names, strict=True):
-        key = f"rewards/{theirs}/mean"
+    def mean(found: Sequence[float]) -> float | None:
+        return sum(found) / len(found) if found else None
+
+    found: dict[str, Any] = {
+        "steps": trainer.state.global_step,
+        "opposed": mean(values("gapo/opposed")),
+        "objectives": {},
+    }
+    for name in trainer.objectives:
+        rewards = values(f"rewards/{name}/mean")
         found["objectives"][name] = {
-            "reward_first": mean(key, history[:window]),
-            "reward_last": mean(key, history[-window:]),
-            "weight": mean(f"gapo/weight/{name}"),
-            "signal": mean(f"gapo/signal/{name}"),
+            "reward_first": mean(rewards[:window]),
+            "reward_last": mean(rewards[-window:]),
+            "weight": mean(values(f"gapo/weight/{name}")),
+            "signal": mean(values(f"gapo/signal/{name}")),
         }
     return found
 

@@ -81,12 +81,6 @@ class GAPOConfig(BalanceConfig, GRPOConfig):  # type: ignore[misc]
 
     def _refuse(self) -> None:
         """Raise for what would break a promise of the method."""
-        checkpointing = self.gradient_checkpointing_kwargs
-        if self.gradient_checkpointing and isinstance(checkpointing, dict) and checkpointing.get("use_reentrant"):
-            raise TrainingError(
-                "Several gradients of one pass need non-reentrant checkpointing: the reentrant kind refuses every backward "
-                "pass that names its parameters. Set gradient_checkpointing_kwargs={'use_reentrant': False}."
-            )
         if self.ddp_broadcast_buffers:
             raise TrainingError(
                 "Processes run as many forward passes as their samples have halves, so none may wait for the others in each. "
@@ -104,6 +98,10 @@ class GAPOConfig(BalanceConfig, GRPOConfig):  # type: ignore[misc]
             raise TrainingError(
                 "Two passes read a whole optimiser step before it is made: steps_per_generation must be a multiple of "
                 f"gradient_accumulation_steps. Found {self.steps_per_generation} and {accumulation}. Use gram_mode='exact'."
+            )
+        if self.save_strategy == "best":
+            raise TrainingError(
+                "The best checkpoint may fall into a generation block. Found save_strategy='best'. Use 'steps'."
             )
         steps = self.save_steps
         if self.save_strategy == "steps" and (steps < 1 or (int(steps) * accumulation) % block):
@@ -123,7 +121,11 @@ class GAPOTrainer(GRPOTrainer):
 
     and with `preference` P-GAPO, `d = c sum_k lambda_k g_k / n_k` (equation 8). The paper has c = 1, with which the length of
     the update depends on p; by default `c` makes the weighted sum of the lengths n_k that of the linear update, so that the
-    learning rate, clipping and KL mean the same for every p, and conflict still shortens the step (`rescale`).
+    learning rate and clipping mean the same for every p, and conflict still shortens the step (`rescale`).
+
+    That d opposes no objective is a statement about the gradients in `gram_scope`, on the samples of the step, before the
+    optimiser scales each coordinate; P-GAPO states nothing of the kind. KL inside the objectives has the coefficient beta
+    times the sum of the weights, for `weighting="linear"` beta times the sum of `reward_weights`.
 
     The paper rescales the gradients of PPO's clipped surrogates, with one critic for each reward. TRL has removed PPO; here
     an objective is GRPO's surrogate with the advantages of its own reward, centred within the group of completions of one
@@ -133,7 +135,8 @@ class GAPOTrainer(GRPOTrainer):
     Two modes. `two_pass` (default) takes the gradients over the last block, as in the paper, and makes one ordinary step
     with advantages `sum_k w_k A_k`: on the policy that generated them, the same as the weighted sum of losses. `exact`
     takes K gradients of everything that is trained, summed over the optimiser step, and steps along their weighted sum;
-    it is what remains right when completions are used again (`num_iterations` above 1), where the clip is not linear.
+    it is what remains right when completions are used after the policy has moved (`num_iterations` above 1, or
+    `steps_per_generation` above the accumulation), where the clip is not linear in the advantages.
 
     Like every Trainer it trains the model that it is given; with `peft_config` it trains an adapter on a second tree of
     modules around the same weights, and the given model stays as it is. The policy is `trainer.model`;
@@ -211,7 +214,8 @@ class GAPOTrainer(GRPOTrainer):
             for each, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
         ]
         self.objectives = _distinct(self.reward_func_names)
-        """Names under which the objectives are logged."""
+        """Names under which the objectives are logged, by TRL too."""
+        self.reward_func_names = self.objectives
         if len(self.objectives) == 1:
             warnings.warn(
                 f"One objective, {self.objectives[0]!r}: there is nothing to balance. This is plain GRPO.",
@@ -224,7 +228,12 @@ class GAPOTrainer(GRPOTrainer):
         everything = {name: each for name, each in self.model.named_parameters() if each.requires_grad}
         self._measured = everything if args.gram_mode == "exact" else scope
         self._scope = frozenset(scope)
-        self._balance = Balance(args, tuple(self.reward_weights.double().tolist()))
+        self._balance = Balance(args, tuple(self.reward_weights.double().tolist()), tuple(self.objectives))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as TRL does; what an interrupted run left of a step is forgotten."""
+        self._window = self._update = self._forward = None
+        return super().train(*args, **kwargs)
 
     # Rewards and advantages
 
@@ -268,17 +277,23 @@ class GAPOTrainer(GRPOTrainer):
         if self._update is None:
             self._update = self._look_ahead(model, inputs)
         update, forward = self._update, self._forward
-        self._forward = None
         if self.accelerator.sync_gradients:
             self._update = None
-        if not update.step:
+        outside = self._regularised and not self.args.kl_inside_objectives
+        if not update.step and not outside:
+            self._forward = None
             return no_loss(self.accelerator.device)
+        forward = forward or _Forward(inputs["half"])
         if self.args.weighting == "gdpo":
             return self._loss(model, inputs, inputs["advantages"], forward)
-        weights = torch.tensor(update.weights, device=self.accelerator.device, dtype=torch.float32)
+        weights = torch.tensor(update.applied, device=self.accelerator.device, dtype=torch.float32)
         # The loss is homogeneous: this gives KL and entropy bonus the sum of the weights, too.
-        whole = weights.sum() if self._regularised and self.args.kl_inside_objectives else weights.new_ones(())
-        return whole * self._loss(model, inputs, inputs["objective_advantages"] @ (weights / whole), forward)
+        whole = weights.sum() if self._regularised and not outside else weights.new_ones(())
+        loss = whole * self._loss(model, inputs, inputs["objective_advantages"] @ (weights / whole), forward)
+        if self.aux_loss_enabled:  # a router's loss is no objective's
+            aux = self.router_aux_loss_coef * forward.aux / self.current_gradient_accumulation_steps
+            loss = loss + (1 - whole) * aux
+        return loss
 
     @property
     def _regularised(self) -> bool:
@@ -309,11 +324,11 @@ class GAPOTrainer(GRPOTrainer):
             loss = self._loss(model, inputs, inputs["advantages"], forward)
         if self.accelerator.sync_gradients:
             update = self._solve(self._window)
-            if update.step:
-                outside = [] if self.args.kl_inside_objectives or not self._regularised else [1.0]
-                weights = [0.0] * len(update.weights) if self.args.weighting == "gdpo" else list(update.weights)
-                own = [1.0] if self.args.weighting == "gdpo" else []
-                self._window.write([*weights, *own, *outside])
+            outside = [1.0] if self._regularised and not self.args.kl_inside_objectives else []
+            if update.step or outside:
+                gdpo = self.args.weighting == "gdpo"
+                weights = [0.0] * len(update.weights) if gdpo else list(update.applied)
+                self._window.write([*weights, *([float(update.step)] if gdpo else []), *outside])
             self._window = None
         # The gradients are in place; what goes back to the Trainer leads nowhere.
         return no_loss(self.accelerator.device) + loss.detach()

@@ -72,7 +72,7 @@ def gapo_weights(gramian: Tensor, *, power: float = 1.0, preference: Sequence[fl
         elif alive:
             cosines = [[products[i][j] / norms[i] / norms[j] for j in alive] for i in alive]
             for i, share in zip(alive, _min_norm(cosines, [norms[i] for i in alive], 1 - power), strict=True):
-                weights[i] = share / norms[i] ** power
+                weights[i] = _over_power(share, norms[i], power)
     return torch.tensor(weights, dtype=torch.float64, device=gramian.device)
 
 
@@ -94,22 +94,30 @@ def min_norm_point(gramian: Tensor) -> Tensor:
     return gapo_weights(gramian, power=0.0)
 
 
-def split_half_gramian(first: Tensor, second: Tensor) -> Tensor:
-    """Return the Gramian of mean gradients from products across two halves of the batch, symmetrised and projected.
+def split_half_gramian(gramian: Tensor, across: Tensor) -> Tensor:
+    """Return the Gramian with its angles taken from products across two halves of the batch.
 
-    The noise of a gradient adds its variance to its own squared norm, so that a noisy objective looks large. Noise of two
-    halves is independent: `(A B^T + B A^T) / 2` has the mean of the true Gramian. It may have negative eigenvalues,
-    which are set to 0.
+    Noise adds its variance to a gradient's squared length, and objectives that are measured on the same samples share it;
+    noise of two halves is independent. With S the symmetrised products across, `S_ij / sqrt(S_ii S_jj)` is therefore the
+    cosine without noise. Lengths stay those of the whole batch: the length without noise of an objective that is nothing but
+    noise is 0, and dividing by it would hand that objective the update. Where `S_ii <= 0` the halves agree on nothing, and
+    row and column are 0. What is left is projected to positive semidefinite, with a ridge of 1e-6 that makes weights unique.
 
     Args:
-        first: `"objective parameter"`, gradients over one half of the samples.
-        second: over the other half, on the same scale.
+        gramian: `"objective objective"`, of the whole batch.
+        across: `"objective objective"`, of gradients over one half with those over the other.
 
     Returns:
         `"objective objective"`, float64.
     """
-    across = first.double() @ second.double().T
-    return positive_part((across + across.T) / 2)
+    both = (across.double() + across.double().T) / 2
+    known = both.diagonal() > 0
+    roots = both.diagonal().clamp(min=0).sqrt()
+    cosines = (both / (roots[:, None] * roots).clamp(min=1e-300)).clamp(-1, 1)
+    lengths = gramian.double().diagonal().clamp(min=0).sqrt() * known
+    cosines[~known] = cosines[:, ~known] = 0.0
+    projected = positive_part(cosines) + 1e-6 * torch.eye(len(both), dtype=torch.float64)
+    return projected * lengths[:, None] * lengths
 
 
 def positive_part(gramian: Tensor) -> Tensor:
@@ -137,6 +145,15 @@ def check_preference(preference: Sequence[float] | Tensor, count: int | None = N
     return values
 
 
+def _over_power(share: float, norm: float, power: float) -> float:
+    try:
+        return share and math.exp(math.log(share) - power * math.log(norm))
+    except OverflowError as error:
+        raise ValueError(
+            f"Weights must fit into float64. Found a norm of {norm:.3g}, divided by to the power {power}. Take a smaller power."
+        ) from error
+
+
 def _products(gramian: Tensor) -> list[list[float]]:
     if gramian.ndim != 2 or gramian.shape[0] != gramian.shape[1] or not len(gramian):
         raise ValueError(f"A Gramian must be a square matrix. Found shape {tuple(gramian.shape)}.")
@@ -157,7 +174,7 @@ def _products(gramian: Tensor) -> list[list[float]]:
 
 def _min_norm(cosines: list[list[float]], norms: list[float], exponent: float) -> list[float]:
     """Return the min-norm point of vectors with these cosines and with norms raised to the exponent."""
-    # In units of the gradients' own lengths, y_i = alpha_i n_i, the matrix holds cosines however far the norms lie apart.
+    # In units of the vectors' own lengths, y_i = alpha_i n_i^exponent, the matrix holds cosines however far these lie apart.
     logs = [exponent * math.log(norm) for norm in norms]
     least = min(logs)
     inverse = [math.exp(least - value) for value in logs]
@@ -189,7 +206,7 @@ def _complementary(cosines: list[list[float]], inverse: list[float]) -> list[flo
     whole = math.fsum(inverse[i] for i in active)
     spread = [1 / whole if i in active else 0.0 for i in range(count)]
     banned: set[int] = set()
-    while True:
+    for _ in range(2**count):  # there are no more sets than that, and rounding may not bring one back for ever
         while True:
             found = _affine(cosines, inverse, active)
             if found is None:  # the last one in adds nothing to the others
@@ -221,8 +238,9 @@ def _complementary(cosines: list[list[float]], inverse: list[float]) -> list[flo
                 if gap > most * size:
                     entering, most = j, gap / size
         if entering < 0:
-            return spread
+            break
         active.append(entering)
+    return spread
 
 
 def _affine(cosines: list[list[float]], inverse: list[float], active: list[int]) -> list[float] | None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from steerkit.errors import ObjectiveError
+from steerkit.errors import ObjectiveError, TrainingError
 from steerkit.gapo.balance import Balance, BalanceConfig
 from steerkit.gapo.gradients import Gradients, scope_of
 from steerkit.maths.pareto import gapo_weights, split_half_gramian
@@ -25,7 +25,8 @@ def gradients(rows: Tensor, other: Tensor | None = None) -> Gradients:
 
 
 def balance(count: int = 2, linear: tuple[float, ...] | None = None, **given: Any) -> Balance:
-    return Balance(BalanceConfig(**given), linear or (1.0,) * count)
+    linear = linear or (1.0,) * count
+    return Balance(BalanceConfig(**given), linear, tuple("abc"[: len(linear)]))
 
 
 ROWS = torch.tensor([[3.0, 0.0, 1.0], [-1.0, 0.5, 0.0], [0.0, 0.2, 0.4]], dtype=torch.float64)
@@ -80,14 +81,39 @@ def test_a_linear_update_that_opposes_an_objective_is_told() -> None:
 
 def test_halves_give_the_signal_and_the_split_half_estimate() -> None:
     dice = torch.Generator().manual_seed(0)
-    one, two = (torch.randn(3, 5, generator=dice, dtype=torch.float64) for _ in range(2))
+    one, two = (torch.randn(3, 5, generator=dice, dtype=torch.float64) + 1 for _ in range(2))
     update = balance(3, gram_estimate="split_half", rescale="none").update(gradients(one, two))
     assert update.signal is not None
     assert torch.allclose(update.signal, torch.cosine_similarity(one, two, dim=1))
-    # Halves are sums over one of two samples, so each stands for a mean of twice its size.
-    expected = gapo_weights(split_half_gramian(2 * one, 2 * two))
-    assert update.weights == pytest.approx(expected.tolist(), rel=1e-6)
-    assert torch.allclose(update.gramian, (one + two) @ (one + two).T)
+    gramian = (one + two) @ (one + two).T
+    assert update.weights == pytest.approx(gapo_weights(split_half_gramian(gramian, one @ two.T)).tolist())
+    assert torch.allclose(update.gramian, gramian)
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0])
+def test_an_objective_of_noise_alone_never_gets_the_update(power: float) -> None:
+    dice = torch.Generator().manual_seed(1)
+    goal = torch.randn(50, generator=dice, dtype=torch.float64)
+    dropped = 0
+    for _ in range(40):
+        halves = [torch.stack([goal, torch.randn(50, generator=dice, dtype=torch.float64)]) for _ in range(2)]
+        update = balance(power=power, gram_estimate="split_half").update(gradients(*halves))
+        weights, norms = torch.tensor(update.weights), update.gramian.diagonal().sqrt()
+        assert float(weights[1] * norms[1]) <= 2.5 * float(weights[0] * norms[0])
+        dropped += update.dropped[1]
+    assert 5 < dropped < 35
+
+
+def test_weights_that_say_nothing_and_gradients_that_are_none_are_refused() -> None:
+    for linear in ((1.0, -0.5), (0.0, 0.0), (math.inf, 1.0)):
+        with pytest.raises(ObjectiveError, match="at least 0"):
+            balance(linear=linear)
+    assert balance(linear=(1.0, -0.5), weighting="linear").update(gradients(ROWS[:2])).weights == (1.0, -0.5)
+    rows = ROWS.clone()
+    rows[1, 0] = math.nan
+    for weighting in ("gapo", "linear"):
+        with pytest.raises(TrainingError, match="'b'"):
+            balance(3, weighting=weighting).update(gradients(rows))
 
 
 def test_a_silent_objective_leaves_the_problem_but_not_plain_descent() -> None:
@@ -115,6 +141,18 @@ def test_any_callable_from_the_gramian_to_weights_serves() -> None:
     for wrong in (lambda g: torch.ones(2), lambda g: -torch.ones(3), lambda g: torch.full((3,), math.nan)):
         with pytest.raises(ObjectiveError, match="each of 3"):
             balance(3, weighting=wrong).update(gradients(ROWS))
+
+
+def test_a_callable_sees_the_objectives_that_are_left() -> None:
+    seen: list[Tensor] = []
+
+    def equal(gramian: Tensor) -> Tensor:
+        seen.append(gramian)
+        return torch.ones(len(gramian))
+
+    update = balance(3, weighting=equal, rescale="none").update(gradients(ROWS), [False, True, False])
+    assert seen[0].shape == (2, 2)
+    assert update.weights == (1.0, 0.0, 1.0)
 
 
 def test_a_gradient_behind_the_objectives_may_be_the_update_itself() -> None:

@@ -232,20 +232,29 @@ def test_a_preference_promises_no_common_descent(cosine: float, worse: bool) -> 
     assert (float(progress[0]) < 0) is worse
 
 
-def test_a_split_half_gramian_is_free_of_the_noise_of_norms() -> None:
+def test_a_split_half_gramian_has_the_angles_of_the_means() -> None:
+    """Two objectives whose noise is the same on each sample: the plain Gramian takes them for allies."""
     generator = torch.Generator().manual_seed(0)
-    mean = torch.randn(3, 40, generator=generator, dtype=torch.float64)
-    plain, split = torch.zeros(3, 3, dtype=torch.float64), torch.zeros(3, 3, dtype=torch.float64)
-    rounds = 400
-    for _ in range(rounds):
-        one, two = (mean + 3 * torch.randn(3, 40, generator=generator, dtype=torch.float64) for _ in range(2))
-        both = (one + two) / 2
-        plain += both @ both.T / rounds
-        split += split_half_gramian(one, two) / rounds
-    truth = mean @ mean.T
-    # The noise of a mean of two adds 40 * 9 / 2 to each squared norm.
-    assert float((plain - truth).diagonal().min()) > 100
-    assert float((split - truth).diagonal().abs().max()) < 40
+    mean = torch.randn(2, 40, generator=generator, dtype=torch.float64)
+    mean[1] = mean[1] - 0.5 * mean[0]
+    true = float(torch.cosine_similarity(mean[0], mean[1], dim=0))
+    plain, split = [], []
+    for _ in range(300):
+        one, two = (mean + torch.randn(1, 40, generator=generator, dtype=torch.float64) for _ in range(2))
+        gramian = (one + two) @ (one + two).T
+        for found, kept in ((gramian, plain), (split_half_gramian(gramian, one @ two.T), split)):
+            kept.append(float(found[0, 1] / (found[0, 0] * found[1, 1]).sqrt()))
+        assert torch.allclose(split_half_gramian(gramian, one @ two.T).diagonal(), gramian.diagonal(), rtol=1e-5)
+    assert sum(plain) / 300 - true > 0.2
+    assert abs(sum(split) / 300 - true) < 0.1
+
+
+def test_halves_that_agree_on_nothing_leave_no_gradient() -> None:
+    one = torch.tensor([[1.0, 0.0], [1.0, 1.0]], dtype=torch.float64)
+    two = torch.tensor([[-1.0, 0.0], [1.0, 1.0]], dtype=torch.float64)
+    found = split_half_gramian((one + two) @ (one + two).T + torch.eye(2), one @ two.T)
+    assert found[0].tolist() == found[:, 0].tolist() == [0, 0]
+    assert float(found[1, 1]) == pytest.approx(9, rel=1e-5)
 
 
 def test_the_positive_part_has_no_negative_eigenvalue_and_keeps_what_has_none() -> None:
