@@ -113,10 +113,8 @@ def grid(objectives: int) -> list[list[float]]:
     if objectives == 2:
         return [[share, 1 - share] for share in PREFERENCES]
     corners = torch.eye(3).tolist()
-    return [
-        *corners,
-        *([(a + b) / 2 for a, b in zip(*pair, strict=True)] for pair in itertools.combinations(corners, 2)),
-    ]
+    edges = [[(a + b) / 2 for a, b in zip(*pair, strict=True)] for pair in itertools.combinations(corners, 2)]
+    return [*corners, *edges, [1 / 3] * 3]
 
 
 def endings(rewards: Tensor, steps: int, rate: float, seed: int) -> dict[str, Any]:

@@ -120,7 +120,7 @@ def folding(rounds: int) -> dict[str, Any]:
     return found
 
 
-def training(steps: int) -> dict[str, Any]:
+def training(steps: int, epochs: int) -> dict[str, Any]:
     """Time both twins, and two runs of TRL with its defaults."""
     from datasets import Dataset
     from peft import LoraConfig
@@ -130,7 +130,7 @@ def training(steps: int) -> dict[str, Any]:
     from steerkit import PolicyConfig
     from steerkit.preferences.pairs import swapped
 
-    pairs = read_pairs(preference_pairs("helpful"))[: 4 * steps]
+    pairs = read_pairs(preference_pairs("helpful"))[: 4 * steps // epochs]
 
     def ours() -> None:
         model, tokenizer = load_model()
@@ -163,11 +163,11 @@ def training(steps: int) -> dict[str, Any]:
             start = time.process_time()
             arm()
             seconds[name] = time.process_time() - start
-    return {**seconds, "steps": steps, "ratio": seconds["fit"] / seconds["two TRL runs"]}
+    return {**seconds, "steps": steps, "epochs": epochs, "ratio": seconds["fit"] / seconds["two TRL runs"]}
 
 
 def main() -> None:
-    given = arguments(__doc__, rounds=15, steps=6, part="all")
+    given = arguments(__doc__, rounds=15, steps=20, epochs=2, part="all")
     quiet()
     facts = header(given)
     found: dict[str, Any] = dict(facts)
@@ -197,7 +197,7 @@ def main() -> None:
             ["fold (ms)", "fold and undo", "copy", "clone", "/ clone"],
         )
     if given.part in ("all", "training"):
-        found["training"] = training(given.steps)
+        found["training"] = training(given.steps, given.epochs)
         print(found["training"])
     save(given.json, found)
 
