@@ -72,6 +72,47 @@ class Pass:
     """`"row position d_model"`, output of the last block; None where the vocabulary must be passed each time."""
 
 
+class Forward:
+    """One micro-batch's log-probabilities, made once, by halves of the samples."""
+
+    def __init__(self, half: Tensor) -> None:
+        self.half = half
+        self.logps: Any = None
+        self.entropies: Any = None
+        self.aux: Any = None
+        self.passes: list[Pass] = []
+        self.seen: list[Tensor] | None = None
+
+    def make(self, compute: Callable[[Any], tuple[Tensor, Tensor | None, Tensor | None]], whole: bool) -> None:
+        """Run the model over each half; over all rows at once where the batch holds more than text."""
+        halves = [self.half == 0, self.half == 1]
+        rows = [half.nonzero()[:, 0] for half in halves if bool(half.any())]
+        if whole:
+            rows = [torch.arange(len(self.half), device=self.half.device)]
+        logps: list[Tensor] = []
+        entropies: list[Any] = []
+        aux: list[Any] = []
+        for each in rows:
+            found = compute(slice(None) if len(rows) == 1 else each)
+            last = self.seen.pop() if self.seen else None
+            self.passes.append(Pass(each, found[0], found[1], last))
+            logps.append(found[0])
+            entropies.append(found[1])
+            aux.append(found[2])
+        back = torch.cat(rows).argsort()
+        self.logps = torch.cat(logps)[back]
+        self.entropies = None if entropies[0] is None else torch.cat(entropies)[back]
+        self.aux = None if aux[0] is None else torch.stack(aux).mean()
+
+    def leaves(self) -> "Forward":
+        """Return the same values cut off from the model."""
+        cut = Forward(self.half)
+        cut.logps = self.logps.detach().requires_grad_()
+        cut.entropies = None if self.entropies is None else self.entropies.detach().requires_grad_()
+        cut.aux = None if self.aux is None else self.aux.detach()
+        return cut
+
+
 @contextmanager
 def last_output(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[list[Tensor]]:
     """Collect the last block's output in each forward pass, if all of these parameters lie in decoder blocks."""

@@ -1,9 +1,12 @@
-"""Reward functions that say what is wrong, and where."""
+"""Rewards: functions that say what is wrong, and where; and the advantages that follow from what they return."""
 
 import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from steerkit.errors import RewardError
 
@@ -39,6 +42,33 @@ def checked(function: Callable[..., Any], name: str) -> Callable[..., Any]:
         return _rewards(found, name, prompts)
 
     return call
+
+
+def objective_advantages(rewards: Tensor, group: int, scale: str) -> Tensor:
+    """Return each objective's own advantages: its rewards less their mean in the group of one prompt.
+
+    Args:
+        rewards: `"completion objective"`, groups in a row; NaN where an objective does not apply, which gives advantage 0.
+        group: completions of one prompt.
+        scale: `"none"`, or `"group"` or `"batch"` to divide by the standard deviation there.
+
+    Returns:
+        `"completion objective"`.
+    """
+    grouped = rewards.view(-1, group, rewards.shape[1])
+    known = grouped.isfinite()
+    centred = torch.where(known, grouped - grouped.nanmean(dim=1, keepdim=True), 0.0)
+    # A reward that is alike for all has no advantage; the rounding of its mean is none either.
+    level = torch.where(known, grouped.abs(), 0.0).amax(dim=1, keepdim=True)
+    centred = torch.where(centred.abs() <= 1e-6 * level, 0.0, centred)
+    if scale == "none":
+        return centred.view_as(rewards)
+    # TRL's: the deviation of the rewards themselves.
+    axes = (1,) if scale == "group" else (0, 1)
+    count = known.sum(dim=axes, keepdim=True).clamp(min=2)
+    apart = torch.where(known, grouped - grouped.nanmean(dim=axes, keepdim=True), 0.0)
+    deviation = (apart.square().sum(dim=axes, keepdim=True) / (count - 1)).sqrt()
+    return (centred / (deviation + 1e-4)).view_as(rewards)
 
 
 def _culprit(function: Callable[..., Any], prompts: Sequence[Any], columns: dict[str, Any]) -> Sequence[Any]:

@@ -4,7 +4,7 @@ import copy
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,8 +15,8 @@ from torch.utils.data import Sampler
 
 from steerkit.errors import MissingDependencyError, ObjectiveError, RewardError, SteerkitWarning, TrainingError
 from steerkit.gapo.balance import Balance, BalanceConfig, Update, no_loss, reduced
-from steerkit.gapo.gradients import Gradients, Pass, last_output, pull, scope_of
-from steerkit.gapo.rewards import checked
+from steerkit.gapo.gradients import Forward, Gradients, last_output, pull, scope_of
+from steerkit.gapo.rewards import checked, objective_advantages
 from steerkit.model import around_same_weights
 
 try:
@@ -195,7 +195,7 @@ class GAPOTrainer(GRPOTrainer):
             _check_reference(model)
         self._window: Gradients | None = None
         self._update: Update | None = None
-        self._forward: _Forward | None = None
+        self._forward: Forward | None = None
         with warnings.catch_warnings():
             # PEFT asks for an attribute that transformers has deprecated.
             warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
@@ -283,7 +283,7 @@ class GAPOTrainer(GRPOTrainer):
         if not update.step and not outside:
             self._forward = None
             return no_loss(self.accelerator.device)
-        forward = forward or _Forward(inputs["half"])
+        forward = forward or Forward(inputs["half"])
         if self.args.weighting == "gdpo":
             return self._loss(model, inputs, inputs["advantages"], forward)
         weights = torch.tensor(update.applied, device=self.accelerator.device, dtype=torch.float32)
@@ -333,7 +333,7 @@ class GAPOTrainer(GRPOTrainer):
         # The gradients are in place; what goes back to the Trainer leads nowhere.
         return no_loss(self.accelerator.device) + loss.detach()
 
-    def _loss(self, model: Any, inputs: dict[str, Any], advantages: Tensor, forward: "_Forward | None") -> Tensor:
+    def _loss(self, model: Any, inputs: dict[str, Any], advantages: Tensor, forward: Forward | None) -> Tensor:
         """Return TRL's loss of these advantages, on a forward pass that has been made."""
         self._forward = forward
         try:
@@ -351,9 +351,9 @@ class GAPOTrainer(GRPOTrainer):
             + (self._regularised and not self.args.kl_inside_objectives)
         )
 
-    def _add(self, gradients: Gradients, model: Any, inputs: dict[str, Any]) -> "_Forward":
+    def _add(self, gradients: Gradients, model: Any, inputs: dict[str, Any]) -> Forward:
         """Add the gradients of one micro-batch, by objective; then TRL's own advantages, then what stays outside."""
-        forward = _Forward(inputs["half"])
+        forward = Forward(inputs["half"])
         with last_output(self.model, self._measured) as seen, self._unlogged():
             forward.seen = seen
             self._loss(model, inputs, inputs["advantages"], forward)
@@ -383,7 +383,7 @@ class GAPOTrainer(GRPOTrainer):
         return forward
 
     def _cotangent(
-        self, model: Any, inputs: dict[str, Any], advantages: Tensor, forward: "_Forward"
+        self, model: Any, inputs: dict[str, Any], advantages: Tensor, forward: Forward
     ) -> tuple[Tensor, Tensor | None]:
         """Return what the loss of these advantages does with each log-probability and each entropy."""
         leaves = forward.leaves()
@@ -452,74 +452,6 @@ class _Epochs(Sampler[int]):
 
 _PLAIN = ("compute_entropy", "compute_aux_loss", "batch_size")
 """Arguments of a forward pass that are no tensors of the batch."""
-
-
-class _Forward:
-    """One micro-batch's log-probabilities, made once, by halves of the samples."""
-
-    def __init__(self, half: Tensor) -> None:
-        self.half = half
-        self.logps: Any = None
-        self.entropies: Any = None
-        self.aux: Any = None
-        self.passes: list[Pass] = []
-        self.seen: list[Tensor] | None = None
-
-    def make(self, compute: Callable[[Any], tuple[Tensor, Tensor | None, Tensor | None]], whole: bool) -> None:
-        """Run the model over each half; over all rows at once where the batch holds more than text."""
-        halves = [self.half == 0, self.half == 1]
-        rows = [half.nonzero()[:, 0] for half in halves if bool(half.any())]
-        if whole:
-            rows = [torch.arange(len(self.half), device=self.half.device)]
-        logps: list[Tensor] = []
-        entropies: list[Any] = []
-        aux: list[Any] = []
-        for each in rows:
-            found = compute(slice(None) if len(rows) == 1 else each)
-            last = self.seen.pop() if self.seen else None
-            self.passes.append(Pass(each, found[0], found[1], last))
-            logps.append(found[0])
-            entropies.append(found[1])
-            aux.append(found[2])
-        back = torch.cat(rows).argsort()
-        self.logps = torch.cat(logps)[back]
-        self.entropies = None if entropies[0] is None else torch.cat(entropies)[back]
-        self.aux = None if aux[0] is None else torch.stack(aux).mean()
-
-    def leaves(self) -> "_Forward":
-        """Return the same values cut off from the model."""
-        cut = _Forward(self.half)
-        cut.logps = self.logps.detach().requires_grad_()
-        cut.entropies = None if self.entropies is None else self.entropies.detach().requires_grad_()
-        cut.aux = None if self.aux is None else self.aux.detach()
-        return cut
-
-
-def objective_advantages(rewards: Tensor, group: int, scale: str) -> Tensor:
-    """Return each objective's own advantages: its rewards less their mean in the group of one prompt.
-
-    Args:
-        rewards: `"completion objective"`, groups in a row; NaN where an objective does not apply, which gives advantage 0.
-        group: completions of one prompt.
-        scale: `"none"`, or `"group"` or `"batch"` to divide by the standard deviation there.
-
-    Returns:
-        `"completion objective"`.
-    """
-    grouped = rewards.view(-1, group, rewards.shape[1])
-    known = grouped.isfinite()
-    centred = torch.where(known, grouped - grouped.nanmean(dim=1, keepdim=True), 0.0)
-    # A reward that is alike for all has no advantage; the rounding of its mean is none either.
-    level = torch.where(known, grouped.abs(), 0.0).amax(dim=1, keepdim=True)
-    centred = torch.where(centred.abs() <= 1e-6 * level, 0.0, centred)
-    if scale == "none":
-        return centred.view_as(rewards)
-    # TRL's: the deviation of the rewards themselves.
-    axes = (1,) if scale == "group" else (0, 1)
-    count = known.sum(dim=axes, keepdim=True).clamp(min=2)
-    apart = torch.where(known, grouped - grouped.nanmean(dim=axes, keepdim=True), 0.0)
-    deviation = (apart.square().sum(dim=axes, keepdim=True) / (count - 1)).sqrt()
-    return (centred / (deviation + 1e-4)).view_as(rewards)
 
 
 def _minus(one: tuple[Tensor, Tensor | None], other: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
