@@ -288,6 +288,20 @@ def gapo_costs(run):
     return table(("arm", "CPU time, × stock", "rise in memory"), rows)
 
 
+def scopes(run):
+    """Return how far the last block's weights are from those of all gradients."""
+    rows = [
+        (
+            name,
+            *(", ".join(f"{v:.3f}" for v in f[key]) for key in ("shares apart", "cosine of updates")),
+            f"{f['opposed']:.2f}",
+        )
+        for name, f in run["powers"].items()
+    ]
+    head = ("", "shares apart: median, 90 %, worst", "cosine: median, 10 %, worst", "opposed")
+    return table(head, rows)
+
+
 def mixtures(run):
     """Return the cost of mixtures by row."""
     arms = ("linear", "bare", "hook", "half rank", "merge a row")
@@ -389,6 +403,9 @@ def main():
         "pareto_how": how(solves),
         "gapo_cost": gapo_costs(steps),
         "gapo_cost_how": how(steps),
+        "scope": scopes(load("gapo_scope")),
+        "scope_steps": load("gapo_scope")["steps"],
+        "scope_how": how(load("gapo_scope")),
     }
     for name, value in values.items():
         page = page.replace("{{" + name + "}}", str(value))

@@ -132,7 +132,8 @@ class GAPOTrainer(GRPOTrainer):
     prompt. The group's mean stands in for the critic: no critic to train, and a reward that is alike for all completions of
     a prompt has no gradient there. Advantages are not divided by their deviation, which would undo what the norms tell.
 
-    Two modes. `two_pass` (default) takes the gradients over the last block, as in the paper, and makes one ordinary step
+    Two modes. `two_pass` (default, because it costs next to nothing and its weights are near the exact ones:
+    docs/evidence.md) takes the gradients over the last block, as in the paper, and makes one ordinary step
     with advantages `sum_k w_k A_k`: on the policy that generated them, the same as the weighted sum of losses. `exact`
     takes K gradients of everything that is trained, summed over the optimiser step, and steps along their weighted sum;
     it is what remains right when completions are used after the policy has moved (`num_iterations` above 1, or
