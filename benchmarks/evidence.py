@@ -385,6 +385,7 @@ def main():
         "fold_dense": round(1e3 * cost["fold"]["dense"]["fold and undo"]),
         "fold_copy": round(1e3 * cost["fold"]["dense"]["clone"]),
         "train_ratio": f"{cost['training']['ratio']:.2f}",
+        "train_epochs": cost["training"]["epochs"],
         "train_steps": cost["training"]["steps"],
         "merges": merges(merge),
         "merges_how": how(merge),
