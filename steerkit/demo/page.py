@@ -24,7 +24,7 @@ def run(
     *,
     new_tokens: int = 28,
     seed: int = 0,
-    steps: int = 8,
+    steps: int = 7,
     full: bool = False,
 ) -> Path:
     """Fit two concepts and train one preference vector (`full`: two), steer batches row by row; return the page's path."""
