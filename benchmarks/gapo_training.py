@@ -146,9 +146,8 @@ def main() -> None:
     found: dict[str, Any] = {**facts, "scorer_auc": float(auc), "runs": []}
     if given.json is not None and given.json.exists():
         found["runs"] = json.loads(given.json.read_text("utf-8"))["runs"]
-    if "before" not in found:
-        model, tokenizer = load_model(dtype=torch.float32)
-        found["before"] = measured(model, model, tokenizer, judge)
+    model, tokenizer = load_model(dtype=torch.float32)
+    found["before"] = measured(model, model, tokenizer, judge)
     for seed in range(given.seeds):
         for arm in ARMS:
             if not any(run_["arm"] == arm and run_["seed"] == seed for run_ in found["runs"]):

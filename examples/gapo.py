@@ -1,4 +1,4 @@
-"""One policy on two rewards: plain words, and warm ones. About 6 minutes on two cores.
+"""One policy on two rewards: plain words, and warm ones. About 9 minutes on two busy cores.
 
     python examples/gapo.py                      # GAPO
     python examples/gapo.py 0.8 0.2              # P-GAPO: more weight on plain words
