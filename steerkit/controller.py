@@ -4,8 +4,8 @@ Hooks are put on once; amounts live in tensors that `using` changes in place, so
 again. Nothing in a hook branches on a tensor's value.
 """
 
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -161,6 +161,8 @@ class Controller:
             stack.callback(clock.listeners.remove, self._begin)
             clock.on_generate.append(self._check_samples)
             stack.callback(clock.on_generate.remove, self._check_samples)
+            clock.pauses.append(self._paused)
+            stack.callback(clock.pauses.remove, self._paused)
             if self._fold:
                 stack.callback(self._fold.restore)
                 self._fold.save()
@@ -275,12 +277,37 @@ class Controller:
             self._write_amounts()
 
     def _write_amounts(self) -> None:
+        self._write_hooks()
+        if self._fold:
+            self._fold.write(self._amounts)
+
+    def _write_hooks(self) -> None:
         for hook in self._sites:
             for index, each in enumerate(hook.interventions):
                 values, samples = self._amounts[each.name]
                 hook.write(index, each.column(values, hook.site.layer), samples)
-        if self._fold:
-            self._fold.write(self._amounts)
+
+    @contextmanager
+    def _paused(self) -> Iterator[None]:
+        """Within, nothing is edited, and nothing that runs counts as reached or is recorded."""
+        kept = [(hook, hook.reached, hook.records) for hook in self._sites]
+        amounts, recorded, ran = self._amounts, self._recorded, self._ran
+        off = {
+            each.name: Amounts(torch.full((1, max(len(each.layers), 1)), each.off, dtype=torch.float64), None)
+            for each in self.interventions
+        }
+        with self._fold.lifted():
+            try:
+                self._amounts = off
+                for hook in self._sites:
+                    hook.switch_off()
+                    hook.reached, hook.records = [False] * len(hook.interventions), []
+                yield
+            finally:
+                self._amounts, self._recorded, self._ran = amounts, recorded, ran
+                for hook, reached, records in kept:
+                    hook.reached, hook.records = reached, records
+                self._write_hooks()
 
     @property
     def magnitudes(self) -> dict[str, dict[int, Tensor]]:
@@ -315,7 +342,6 @@ class Controller:
             return
         self._check_samples(moment.samples)
         ordinary = not self.record_magnitudes and not torch.is_autocast_enabled(moment.device.type)
-        ordinary = ordinary and moment.assigned is None
         tails = {moment.tail(positions) for positions in self._block_positions}
         tail = tails.pop() if len(tails) == 1 else None
         self._pass.plain = ordinary and tail is not None and tail < moment.length

@@ -4,7 +4,8 @@ Adding and then subtracting does not give a rounded weight back, so the original
 the first is written, and a checksum of each is compared once it is restored.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -59,6 +60,19 @@ class Fold:
                     for each, delta in self.changes[name]
                 ]
                 add_to(self._saved[name].to(parameter), changes, parameter)
+
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Within, the weights are the originals; then what was written is there again, bit for bit."""
+        live = self._live()
+        written = {name: parameter.clone() for name, parameter in live.items()}
+        try:
+            for name, parameter in live.items():
+                parameter.copy_(self._saved[name])
+            yield
+        finally:
+            for name, parameter in live.items():
+                parameter.copy_(written[name])
 
     def restore(self) -> None:
         """Put the originals back and prove it."""

@@ -10,7 +10,7 @@ on the module that owns the blocks places each forward pass at cache length + ar
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -23,16 +23,24 @@ _CLOCK = "_steerkit_clock"
 """Where a model keeps its clock while something is attached: with the model, so that it cannot outlive it."""
 
 
+class Part:
+    """A batch of a part of many samples: which of them it holds, and how many there are in all."""
+
+    def __init__(self, samples: Sequence[int], total: int) -> None:
+        self.samples = torch.tensor(samples)
+        self.total = total
+
+
 class Generation:
     """One call of `generate`: its prompts. The prompt is all that was passed; a carried cache stays as it is."""
 
-    def __init__(self, samples: int, length: int, mask: Tensor | None) -> None:
-        self.samples = samples
+    def __init__(self, prompts: int, length: int, mask: Tensor | None) -> None:
+        self.prompts = prompts
         self.length = length
-        self.mask = mask
-        """`"sample pos"`: real tokens of the prompts; None if there is no padding."""
-        self.last = None if mask is None else length - 1 - mask.flip(-1).int().argmax(dim=-1)
-        """`"sample"`: the column of the last real token."""
+        self.mask = None if mask is None or bool(mask.all()) else mask.bool()
+        """`"prompt pos"`: real tokens of the prompts; None if there is no padding."""
+        self.last = None if self.mask is None else length - 1 - self.mask.flip(-1).int().argmax(dim=-1)
+        """`"prompt"`: the column of the last real token."""
         self.level = self.last is None or bool((self.last == length - 1).all())
         """Whether all prompts end at the same column, as they do without padding or with padding on the left."""
         self.seen = 0
@@ -56,30 +64,35 @@ class Moment:
         device: torch.device,
         mask: Any,
         generation: Generation | None,
-        assigned: tuple[Tensor, int] | None = None,
+        part: Part | None = None,
     ) -> None:
         self.rows = rows
         self.length = length
         self.start = start
         self.device = device
         self.generation = generation
-        self.assigned = assigned
-        """In a bare forward pass over a part of many samples: which each row is, and how many there are."""
+        self.part = part
         self._mask = mask
         self._where: dict[str, Where] = {}
 
     @property
     def samples(self) -> int:
-        """Samples among the rows: the recorded prompts, or the rows themselves in a bare forward pass."""
-        if self.assigned is not None:
-            return self.assigned[1]
-        return self.rows if self.generation is None else self.generation.samples
+        """Samples that amounts are for: the recorded prompts, or the rows themselves in a bare forward pass."""
+        return self.prompts if self.part is None else self.part.total
+
+    @property
+    def prompts(self) -> int:
+        """Samples among the rows."""
+        return self.rows if self.generation is None else self.generation.prompts
+
+    def prompt_of_row(self) -> Tensor:
+        """Return `"batch"`: which of these prompts each row belongs to, in `repeat_interleave` order."""
+        return torch.arange(self.rows, device=self.device) // (self.rows // self.prompts)
 
     def sample_of_row(self) -> Tensor:
-        """Return `"batch"`: which sample each row belongs to, in `repeat_interleave` order."""
-        if self.assigned is not None:
-            return self.assigned[0].to(self.device)
-        return torch.arange(self.rows, device=self.device) // (self.rows // self.samples)
+        """Return `"batch"`: which sample each row belongs to."""
+        prompt = self.prompt_of_row()
+        return prompt if self.part is None else self.part.samples.to(self.device)[prompt]
 
     def tail(self, positions: str) -> int | None:
         """Return the column from which on `positions` names every place and before which none, if no mask need be read."""
@@ -139,8 +152,8 @@ class Moment:
             return ~in_prompt
         if generation.mask is None or generation.last is None:
             return (columns >= prompt - 1)[None] if positions == "last" else in_prompt
-        sample = self.sample_of_row()
-        mask = generation.mask.to(self.device)[sample]
+        prompt_of_row = self.prompt_of_row()
+        mask = generation.mask.to(self.device)[prompt_of_row]
         places = columns.clamp(max=prompt - 1).expand(self.rows, self.length)
         in_real_prompt = mask.gather(1, places) & in_prompt
         if positions == "prompt":
@@ -148,7 +161,7 @@ class Moment:
         real = in_real_prompt | ~in_prompt
         if positions == "all":
             return real
-        return real & (columns >= generation.last.to(self.device)[sample][:, None])
+        return real & (columns >= generation.last.to(self.device)[prompt_of_row][:, None])
 
 
 def _real_columns(mask: Any, rows: int, length: int, start: int | Tensor) -> Tensor | None:
@@ -180,7 +193,9 @@ class Clock:
     def __init__(self, model: Any, owner: nn.Module) -> None:
         self.model = model
         self.generations: list[Generation] = []
-        self.assigned: tuple[Tensor, int] | None = None
+        self.part: Part | None = None
+        self.pauses: list[Callable[[], AbstractContextManager[None]]] = []
+        """How each attached Controller edits nothing for a while; the innermost last."""
         self.listeners: list[Callable[[Moment], None]] = []
         self.on_generate: list[Callable[[int], None]] = []
         self.compiled = False
@@ -244,17 +259,16 @@ class Clock:
         tokens = next(t for name in STREAMS if (t := argument(name)) is not None)
         rows, length = tokens.shape[0], tokens.shape[1]
         generation = self.generations[-1] if self.generations else None
-        if generation is not None and rows % generation.samples:
+        if generation is not None and rows % generation.prompts:
             raise SamplesError(
                 f"Rows of a forward pass must be samples times beams or return sequences. Found {rows} rows for "
-                f"{generation.samples} samples. Pass whole prompts to generate."
+                f"{generation.prompts} samples. Pass whole prompts to generate."
             )
         cache = argument("past_key_values")
         start = None if cache is None else _cache_length(cache)
         if start is None:
             start = 0 if generation is None else generation.advance(length)
-        assigned = None if generation is not None else self.assigned
-        moment = Moment(rows, length, start, tokens.device, argument("attention_mask"), generation, assigned)
+        moment = Moment(rows, length, start, tokens.device, argument("attention_mask"), generation, self.part)
         for listener in self.listeners:
             listener(moment)
 
@@ -277,8 +291,9 @@ class _Generate:
                 "its own beside them. Leave it out while a Controller is attached."
             )
         generation = _describe(self._clock.model, given)
+        part = self._clock.part
         for listener in self._clock.on_generate:
-            listener(generation.samples)
+            listener(generation.prompts if part is None else part.total)
         self._clock.generations.append(generation)
         try:
             return self._original(*args, **kwargs)
@@ -288,15 +303,42 @@ class _Generate:
 
 @contextmanager
 def rows_are_samples(model: Any, rows: Sequence[int], samples: int) -> Iterator[None]:
-    """Within, the rows of bare forward passes are these of so many samples; for batches that are sorted or split."""
+    """Within, the prompts of a pass are these of so many samples; for batches that are sorted or split."""
     clock: Clock | None = model.__dict__.get(_CLOCK)
     if clock is not None:
-        clock.assigned = (torch.tensor(rows), samples)
+        clock.part = Part(rows, samples)
     try:
         yield
     finally:
         if clock is not None:
-            clock.assigned = None
+            clock.part = None
+
+
+@contextmanager
+def continuing(model: Any, prompts: Tensor) -> Iterator[None]:
+    """Within, forward passes replay what `generate` wrote after these prompts: their columns come first, `"prompt pos"`.
+
+    A replay is one pass without a cache over prompt and continuation; each position is edited as it was in generation.
+    """
+    clock: Clock | None = model.__dict__.get(_CLOCK)
+    if clock is None:
+        yield
+        return
+    clock.generations.append(Generation(prompts.shape[0], prompts.shape[1], prompts))
+    try:
+        yield
+    finally:
+        clock.generations.pop()
+
+
+@contextmanager
+def unsteered(model: Any) -> Iterator[None]:
+    """Within, every Controller that is attached to the model edits nothing: passes are those of the plain model."""
+    clock: Clock | None = model.__dict__.get(_CLOCK)
+    with ExitStack() as stack:
+        for pause in reversed([] if clock is None else clock.pauses):
+            stack.enter_context(pause())
+        yield
 
 
 def _cache_length(cache: Any) -> int | Tensor | None:
@@ -325,7 +367,7 @@ def _describe(model: Any, given: dict[str, Any]) -> Generation:
         if mask.shape[1] < main.shape[1]:
             mask = None
     length = main.shape[1] if mask is None else mask.shape[1]
-    return Generation(main.shape[0], length, None if mask is None or bool(mask.all()) else mask)
+    return Generation(main.shape[0], length, mask)
 
 
 def _inferred_mask(model: Any, tokens: Tensor, given: dict[str, Any]) -> Tensor | None:

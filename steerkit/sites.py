@@ -158,7 +158,7 @@ class BlockHook(Hook):
 
     def _edit(self, hidden: Any) -> Tensor:
         if self.current.plain:
-            key = (hidden.dtype, hidden.device, self.current.moment.rows)
+            key = (hidden.dtype, hidden.device, self.current.moment.rows, self.current.moment.part)
             if key != self._short_for:
                 self._shorten(hidden, key)
             if self._short is not None:
@@ -229,7 +229,7 @@ class LinearHook(Hook):
         if torch.compiler.is_compiling():
             return self._edit_traced(input, output)
         if (self.current.whole or (self.everywhere and self.site.layer is None)) and not self.current.recording:
-            key = (output.dtype, output.device, self.current.moment.rows, output.shape[:-1])
+            key = (output.dtype, output.device, self.current.moment.rows, self.current.moment.part, output.shape[:-1])
             if key != self._short_for:
                 self._shorten(input, output, key)
             assert self._short is not None
