@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from steerkit.concepts.probe import Probe as Probe
     from steerkit.controller import Controller as Controller
     from steerkit.errors import SteerkitError as SteerkitError
+    from steerkit.evaluation.report import Report as Report
+    from steerkit.evaluation.run import evaluate as evaluate
     from steerkit.gapo.trainer import GAPOConfig as GAPOConfig
     from steerkit.gapo.trainer import GAPOTrainer as GAPOTrainer
     from steerkit.intervention import Intervention as Intervention
@@ -38,7 +40,9 @@ _HOMES = {
     "PolicyConfig": "preferences.policy",
     "PreferenceVector": "preferences.vector",
     "Probe": "concepts.probe",
+    "Report": "evaluation.report",
     "SteerkitError": "errors",
+    "evaluate": "evaluation.run",
     "gapo_weights": "maths.pareto",
     "load": "loading",
     "record": "activations",
@@ -55,7 +59,9 @@ __all__ = [
     "PolicyConfig",
     "PreferenceVector",
     "Probe",
+    "Report",
     "SteerkitError",
+    "evaluate",
     "gapo_weights",
     "load",
     "record",

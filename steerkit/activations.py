@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from steerkit import storage
 from steerkit.errors import LayerError, TextsError
 from steerkit.hooks import rows_are_samples
-from steerkit.model import Fingerprint, find_decoder, hidden_states_of, resolve_layers
+from steerkit.model import Fingerprint, evaluating, find_decoder, hidden_states_of, resolve_layers
 from steerkit.types import Layers, Text
 
 Read = Literal["last", "mean"]
@@ -142,12 +142,7 @@ def record(
     device = decoder.model.get_input_embeddings().weight.device
     device = torch.device("cpu") if device.type == "meta" else device
     reader = _Reader(read)
-    with ExitStack() as stack, torch.no_grad():
-        # Dropout would read other states at every batching.
-        for module in decoder.model.modules():
-            if module.training:
-                module.training = False
-                stack.callback(setattr, module, "training", True)
+    with ExitStack() as stack, torch.no_grad(), evaluating(decoder.model):
         for layer in chosen:
             stack.callback(decoder.blocks[layer].register_forward_hook(reader.hook(layer)).remove)
         bar = stack.enter_context(tqdm(total=len(texts), desc="recording", unit="text", disable=not progress))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from steerkit.errors import AmountError, AttachError, NotReachedError, SamplesError
 from steerkit.fold import Fold
-from steerkit.hooks import Clock, Moment
+from steerkit.hooks import Clock, Listener, Moment
 from steerkit.intervention import Amounts, Intervention, Site, WeightAddition
 from steerkit.maths.lowrank import Delta
 from steerkit.model import Fingerprint, find_decoder, resolve_layers
@@ -157,12 +157,10 @@ class Controller:
                     "Hooks must be on before the model is compiled. Found that it was compiled under another Controller. "
                     "Attach both first, then compile."
                 )
-            clock.listeners.append(self._begin)
-            stack.callback(clock.listeners.remove, self._begin)
-            clock.on_generate.append(self._check_samples)
-            stack.callback(clock.on_generate.remove, self._check_samples)
-            clock.pauses.append(self._paused)
-            stack.callback(clock.pauses.remove, self._paused)
+            layers = frozenset(layer for each in self.interventions for layer in each.layers)
+            listener = Listener(self._begin, self._check_samples, self._paused, self._counts, layers)
+            clock.listeners.append(listener)
+            stack.callback(clock.listeners.remove, listener)
             if self._fold:
                 stack.callback(self._fold.restore)
                 self._fold.save()
@@ -353,6 +351,9 @@ class Controller:
                 self._recorded = moment.generation
                 for hook in self._sites:
                     hook.records.clear()
+
+    def _counts(self) -> frozenset[int]:
+        return frozenset(samples for _, samples in self._amounts.values() if samples is not None)
 
     def _check_samples(self, found: int) -> None:
         for name, (_, samples) in self._amounts.items():

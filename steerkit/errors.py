@@ -5,6 +5,7 @@
     ├── ArtefactError (ValueError)            a file that is damaged, foreign or cannot be written
     ├── AttachError (RuntimeError)            a Controller used at the wrong moment
     ├── BaseModelMismatchError (ValueError)   an artefact that belongs to another model
+    ├── CalibrationError (ValueError)         a target or a budget that no amount meets
     ├── DependentConceptsError (ValueError)   bounds at one layer that cannot all be met
     ├── LayerError (IndexError)               a layer that does not exist
     ├── MissingDependencyError (ImportError)  an optional package that is not installed
@@ -12,8 +13,10 @@
     ├── ObjectiveError (ValueError)           objectives, weights or a Gramian that cannot be combined
     ├── PairsError (ValueError)               preference pairs that cannot be trained on
     ├── PolicyError (ValueError)              a policy that no preference vector can be taken from
+    ├── ReportError (ValueError)              figures that cannot be compared, or that are not there
     ├── RewardError (ValueError)              a reward function that failed, or what it returned
     ├── SamplesError (ValueError)             amounts for another number of samples than the batch has
+    ├── ScorerError (ValueError)              a scorer that failed, or what it returned
     ├── TextsError (ValueError)               texts that cannot be read or fitted
     ├── TrainingError (RuntimeError)          a training run that broke one of its promises
     └── UnsupportedModelError (TypeError)     a model whose blocks cannot be steered correctly
@@ -50,6 +53,10 @@ class BaseModelMismatchError(SteerkitError, ValueError):
     """An artefact was made on another model than the one it is used with."""
 
 
+class CalibrationError(SteerkitError, ValueError):
+    """A target cannot be reached, or a budget is broken by the smallest amount; `curve` holds what was tried."""
+
+
 class DependentConceptsError(SteerkitError, ValueError):
     """Two bounds at one layer cannot be met together."""
 
@@ -78,12 +85,20 @@ class PolicyError(SteerkitError, ValueError):
     """A policy's change of the weights cannot be read, is zero, is not finite, or is not of the form asked for."""
 
 
+class ReportError(SteerkitError, ValueError):
+    """Arms of a report are of other prompts or share a name, or an arm or measure is not there."""
+
+
 class RewardError(SteerkitError, ValueError):
     """A reward function raised, or returned NaN, infinity, no number, or another number of rewards than completions."""
 
 
 class SamplesError(SteerkitError, ValueError):
     """Per-sample amounts were given for another number of samples than the forward pass holds."""
+
+
+class ScorerError(SteerkitError, ValueError):
+    """A scorer raised, or returned NaN, infinity, no number, or another number of scores than completions."""
 
 
 class TextsError(SteerkitError, ValueError):

@@ -11,6 +11,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -187,6 +188,22 @@ def _real_columns(mask: Any, rows: int, length: int, start: int | Tensor) -> Ten
     return mask.index_select(1, columns).bool()
 
 
+@dataclass(frozen=True, eq=False)
+class Listener:
+    """What a clock asks of an attached Controller."""
+
+    on_pass: Callable[[Moment], None]
+    """Take note of a forward pass before its first block runs."""
+    on_generate: Callable[[int], None]
+    """Refuse to generate for another number of samples than there are amounts."""
+    paused: Callable[[], AbstractContextManager[None]]
+    """Edit nothing for a while."""
+    counts: Callable[[], frozenset[int]]
+    """For how many samples there are amounts of their own."""
+    layers: frozenset[int]
+    """Blocks at or in which anything is edited."""
+
+
 class Clock:
     """The wrapped `generate` and the pre-hook of one model, shared by all Controllers that are attached to it."""
 
@@ -194,10 +211,8 @@ class Clock:
         self.model = model
         self.generations: list[Generation] = []
         self.part: Part | None = None
-        self.pauses: list[Callable[[], AbstractContextManager[None]]] = []
-        """How each attached Controller edits nothing for a while; the innermost last."""
-        self.listeners: list[Callable[[Moment], None]] = []
-        self.on_generate: list[Callable[[int], None]] = []
+        self.listeners: list[Listener] = []
+        """What each attached Controller does, the innermost last."""
         self.compiled = False
         """Set when a pass is traced: hooks added later would not be part of it."""
         names = list(inspect.signature(type(owner).forward).parameters)[1:]
@@ -270,7 +285,7 @@ class Clock:
             start = 0 if generation is None else generation.advance(length)
         moment = Moment(rows, length, start, tokens.device, argument("attention_mask"), generation, self.part)
         for listener in self.listeners:
-            listener(moment)
+            listener.on_pass(moment)
 
 
 class _Generate:
@@ -292,8 +307,8 @@ class _Generate:
             )
         generation = _describe(self._clock.model, given)
         part = self._clock.part
-        for listener in self._clock.on_generate:
-            listener(generation.prompts if part is None else part.total)
+        for listener in self._clock.listeners:
+            listener.on_generate(generation.prompts if part is None else part.total)
         self._clock.generations.append(generation)
         try:
             return self._original(*args, **kwargs)
@@ -331,13 +346,25 @@ def continuing(model: Any, prompts: Tensor) -> Iterator[None]:
         clock.generations.pop()
 
 
+def layers_steered(model: Any) -> frozenset[int]:
+    """Return the blocks at or in which attached Controllers edit; nothing if none is attached."""
+    clock: Clock | None = model.__dict__.get(_CLOCK)
+    return frozenset().union(*([] if clock is None else (listener.layers for listener in clock.listeners)))
+
+
+def samples_steered(model: Any) -> frozenset[int]:
+    """Return for how many samples there are amounts; nothing if all share them."""
+    clock: Clock | None = model.__dict__.get(_CLOCK)
+    return frozenset().union(*([] if clock is None else (listener.counts() for listener in clock.listeners)))
+
+
 @contextmanager
 def unsteered(model: Any) -> Iterator[None]:
     """Within, every Controller that is attached to the model edits nothing: passes are those of the plain model."""
     clock: Clock | None = model.__dict__.get(_CLOCK)
     with ExitStack() as stack:
-        for pause in reversed([] if clock is None else clock.pauses):
-            stack.enter_context(pause())
+        for listener in reversed([] if clock is None else clock.listeners):
+            stack.enter_context(listener.paused())
         yield
 
 

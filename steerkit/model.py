@@ -11,6 +11,7 @@ import hashlib
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import PurePath
@@ -165,6 +166,17 @@ def find_decoder(model: Any) -> Decoder:
     d_model, linears = _watch(model, body, blocks)
     _found[model] = (owner_path, name, len(blocks), d_model, linears)
     return Decoder(model, body, owner, blocks, d_model, linears)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within, no module trains: dropout would give other values at every batching."""
+    with ExitStack() as stack:
+        for module in model.modules():
+            if module.training:
+                module.training = False
+                stack.callback(setattr, module, "training", True)
+        yield
 
 
 def _blocks_path(model: Any) -> str:

@@ -1,0 +1,6 @@
+"""What steering does to what a model writes, at what cost, and how much of it to use."""
+
+from steerkit.evaluation.calibration import Calibration as Calibration
+from steerkit.evaluation.calibration import calibrate as calibrate
+from steerkit.evaluation.report import Report as Report
+from steerkit.evaluation.run import evaluate as evaluate

@@ -1,0 +1,361 @@
+"""`calibrate`: how much of an intervention reaches a target, or stays within a budget.
+
+The search draws the same random numbers at every amount, so neighbouring amounts differ by what they do and little else.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from steerkit.activations import checked_texts, record
+from steerkit.concepts.concept import Concept
+from steerkit.controller import Controller
+from steerkit.errors import AmountError, CalibrationError, SteerkitWarning
+from steerkit.evaluation import scorers as ready
+from steerkit.evaluation.passes import Sampling
+from steerkit.evaluation.report import Estimate, Measure
+from steerkit.evaluation.run import checked_sampling, measured, named
+from steerkit.evaluation.scorers import Scorer
+from steerkit.hooks import unsteered
+from steerkit.intervention import Addition, Constraint, Erasure, Intervention
+from steerkit.model import Decoder, evaluating, find_decoder
+from steerkit.types import Amount, Text
+
+_NEAR = 0.05
+"""How near to a target, as a share of the way there, ends the search; of a budget this much may be left unspent twice."""
+_REACH = 0.5
+"""Largest addition that is tried by default, as a share of the residual norm: beyond it text breaks."""
+
+
+@dataclass(frozen=True)
+class Dose:
+    """One amount that was tried, and what it did."""
+
+    amount: Amount
+    """Ready for `Controller.using`."""
+    measures: Mapping[str, Measure] = field(repr=False)
+    score: Estimate | None
+    kl: Estimate
+    """Nats a token, from the unsteered model."""
+    kl_p90: Estimate
+    dose: Estimate
+    """Relative change of the residual stream after the last edited block: of one addition, magnitude over residual norm."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a search found; `using(**{name: found.amount})` sets it.
+
+    found = calibrate(model, tokenizer, prompts, sentiment.add(1.0), budget=0.1)
+    with Controller(model, [sentiment.add(found.amount)]):
+        model.generate(**inputs)
+    """
+
+    chosen: Dose
+    curve: tuple[Dose, ...] = field(repr=False)
+    """Everything that was tried, from the least to the most."""
+    monotone: bool
+    """Whether more never did less, beyond the noise of these prompts."""
+    goal: str
+
+    @property
+    def amount(self) -> Amount:
+        """The amount that was found."""
+        return self.chosen.amount
+
+    def table(self) -> str:
+        """Return the dose-response curve as a Markdown table; a star marks what was chosen."""
+        scored = self.chosen.score is not None
+        head = ["amount", *(["score"] if scored else []), "KL a token", "90th percentile", "displacement", ""]
+        lines = [head, ["---"] * len(head)]
+        for dose in self.curve:
+            figures = [*([dose.score] if scored else []), dose.kl, dose.kl_p90, dose.dose]
+            lines.append([_shown(dose.amount), *map(str, figures), "*" if dose is self.chosen else ""])
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def calibrate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Text],
+    intervention: Intervention,
+    *,
+    scorer: Scorer | Concept | None = None,
+    target: float | None = None,
+    budget: float | None = None,
+    between: tuple[float, float] | None = None,
+    trials: int = 10,
+    max_new_tokens: int = 24,
+    samples: int = 1,
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 32,
+) -> Calibration:
+    """Find the smallest amount that reaches a target, or the largest within a budget of KL.
+
+    Interpolation kept inside a bracket (bisection where that does not shrink it), on amounts of one sign: magnitudes, or
+    logits of a bound. Calibrate on prompts that the evidence does not come from.
+
+    Args:
+        model: the model, as the caller's `with` leaves it; the budget counts all that is attached.
+        tokenizer: its tokenizer.
+        prompts: strings or conversations.
+        intervention: an addition, a constraint or a preference vector. Its own amount gives the sign, and by layer the
+            proportions, which are kept.
+        scorer: a function `(prompts, completions) -> scores`, or a concept, whose probe then reads the text; with `target`.
+        target: the mean score to reach.
+        budget: the largest mean KL a token from the unsteered model, in nats.
+        between: least and largest amount to try; by default up to half the residual norm, a magnitude of 2 for a
+            preference vector, and bounds from .01 to 1 - 1e-6 (or .99 to 1e-6).
+        trials: most amounts to try.
+        max_new_tokens: tokens a continuation.
+        samples: continuations of each prompt.
+        temperature: of the sampling.
+        seed: of the sampling.
+        batch_size: rows that run together.
+
+    Raises:
+        AmountError: neither or both of target and budget, an erasure, amounts for each sample, a range that is none.
+        CalibrationError: the target is out of reach, or the least amount breaks the budget; `.curve` holds what was tried.
+        ScorerError: a scorer that fails.
+        TextsError: no prompts.
+
+    Warns:
+        SteerkitWarning: more did less somewhere, or the largest amount leaves the budget unspent.
+    """
+    prompts = checked_texts(prompts, "prompts")
+    sampling = checked_sampling(max_new_tokens, samples, temperature, seed, batch_size)
+    _check_goal(scorer, target, budget, trials)
+    if isinstance(scorer, Concept):
+        scorer = ready.probe(scorer, model, tokenizer)
+    by_name = {} if scorer is None else named({"score": scorer})
+    decoder = find_decoder(model)
+    dial = _dial(model, tokenizer, prompts, decoder, intervention, between)
+    search = _Search(decoder, tokenizer, prompts, intervention.name, dial, by_name, sampling, trials)
+    with evaluating(decoder.model):
+        if budget is not None:
+            with Controller(model, [intervention]) as search.control:
+                return search.within(float(budget))
+        assert target is not None
+        plain, _, _ = measured(decoder, tokenizer, prompts, by_name, sampling)
+        with Controller(model, [intervention]) as search.control:
+            return search.towards(float(target), plain["score"])
+
+
+def _check_goal(scorer: Any, target: float | None, budget: float | None, trials: int) -> None:
+    if (target is None) == (budget is None) or (target is not None) != (scorer is not None):
+        raise AmountError(
+            "One goal is required: a `target` with its `scorer`, or a `budget`. Found "
+            f"target={target}, budget={budget}, scorer={'none' if scorer is None else 'one'}."
+        )
+    if not math.isfinite(target if budget is None else budget) or (budget is not None and budget <= 0):  # type: ignore[arg-type]
+        raise AmountError(
+            f"A budget must be positive and a target finite. Found {target if budget is None else budget}."
+        )
+    if not isinstance(trials, int) or trials < 3:
+        raise AmountError(f"A search needs 3 trials or more. Found {trials!r}.")
+
+
+Dial = Callable[[float], Amount]
+
+
+def _dial(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Text],
+    decoder: Decoder,
+    intervention: Intervention,
+    between: tuple[float, float] | None,
+) -> Dial:
+    """Return what maps 0 (least) to 1 (most) to an amount."""
+    if isinstance(intervention, Erasure) or not isinstance(intervention, Intervention):
+        raise AmountError(
+            f"An amount can be calibrated of an addition, a constraint or a preference vector. Found "
+            f"{type(intervention).__name__}. An erasure is on or off."
+        )
+    own = intervention.read(intervention.amount)
+    if own.samples is not None:
+        raise AmountError(
+            f"One amount for all samples is calibrated. Found {own.samples} for {intervention.name!r}. Pass a number."
+        )
+    if between is not None and (len(between) != 2 or not all(map(math.isfinite, between)) or between[0] == between[1]):
+        raise AmountError(f"`between` must be two different numbers, the least first. Found {between}.")
+    if isinstance(intervention, Constraint):
+        far = (0.01, 1 - 1e-6) if intervention.sense > 0 else (0.99, 1e-6)
+        low, high = (float(intervention.read(p).values[0, 0]) for p in between or far)
+        return lambda t: float(torch.sigmoid(torch.tensor(low + t * (high - low), dtype=torch.float64)))
+    shape = own.values[0] / own.values.abs().max() if bool(own.values.any()) else torch.ones_like(own.values[0])
+    sign = float(shape[shape.abs().argmax()].sign())
+    by_layer = bool((shape != shape[0]).any())
+    if between is None:
+        most = 2.0
+        if isinstance(intervention, Addition):
+            with unsteered(decoder.model):
+                states = record(model, tokenizer, prompts[:64], layers=intervention.layers)
+            most = _REACH * min(float(states[layer].norm(dim=-1).mean()) for layer in intervention.layers)
+        between = (0.0, most if by_layer else sign * most)
+    low, high = between
+
+    def amount(t: float) -> Amount:
+        size = low + t * (high - low)
+        if not by_layer:
+            return size
+        return {layer: size * float(part) for layer, part in zip(intervention.layers, shape, strict=True)}
+
+    return amount
+
+
+class _Search:
+    """Amounts tried so far, by their place on the dial."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokenizer: Any,
+        prompts: Sequence[Text],
+        name: str,
+        dial: Dial,
+        scorers: Mapping[str, Scorer],
+        sampling: Sampling,
+        trials: int,
+    ) -> None:
+        self.control: Controller
+        self.tried: dict[float, Dose] = {}
+        self._measure = lambda: measured(decoder, tokenizer, prompts, scorers, sampling)[0]
+        self._name = name
+        self._dial = dial
+        self._trials = trials
+
+    def within(self, budget: float) -> Calibration:
+        """Return the largest amount within a budget; the root of KL grows about linearly with an edit's length."""
+
+        def excess(dose: Dose) -> float:
+            return math.sqrt(max(dose.kl.value, 0.0)) - math.sqrt(budget)
+
+        goal = f"KL of at most {budget:g} nats a token"
+        low, high = self._bracket(excess)
+        if high is None:
+            warnings.warn(
+                f"The largest amount, {_shown(self._dial(1.0))}, spends {self.tried[1.0].kl.value:.3g} of {budget:g} nats a "
+                "token. More may do more: pass between=(least, most).",
+                SteerkitWarning,
+                stacklevel=3,
+            )
+            return self._found(self.tried[1.0], goal, lambda a, b: b.measures["kl"].against(a.measures["kl"]).high < 0)
+        start = -math.sqrt(budget) if low is None else excess(self.tried[low])
+        self._narrow(excess, low or 0.0, start, high, lambda dose: 1 - 2 * _NEAR <= dose.kl.value / budget <= 1)
+        fitting = [place for place, dose in self.tried.items() if dose.kl.value <= budget]
+        if not fitting:
+            least = min(self.tried)
+            raise CalibrationError(
+                f"A budget of {budget:g} nats a token is required. Found that {self._name!r} at {_shown(self._dial(least))}, the "
+                f"least of {len(self.tried)} amounts tried, spends {self.tried[least].kl.value:.3g}. Allow more, or start lower with "
+                "between=(least, most).",
+                curve=self._curve(),
+            )
+        return self._found(
+            self.tried[max(fitting)], goal, lambda a, b: b.measures["kl"].against(a.measures["kl"]).high < 0
+        )
+
+    def towards(self, target: float, plain: Measure) -> Calibration:
+        """Return the least amount found that reaches a target from where the unsteered text scores."""
+        start = plain.estimate.value
+        way = 1.0 if target >= start else -1.0
+        reach = abs(target - start)
+        if reach == 0:
+            raise CalibrationError(
+                f"The target must lie off the unsteered score. Found that it is {start:.3g} already. No amount is needed.",
+                curve=(),
+            )
+
+        def excess(dose: Dose) -> float:
+            assert dose.score is not None
+            return way * (dose.score.value - target)
+
+        def less(first: Dose, second: Dose) -> bool:
+            change = second.measures["score"].against(first.measures["score"])
+            return change.high < 0 if way > 0 else change.low > 0
+
+        low, high = self._bracket(excess)
+        if high is None:
+            best = max(self.tried.values(), key=excess)
+            assert best.score is not None
+            raise CalibrationError(
+                f"A score of {target:g} is required. Found that {self._name!r} reaches {best.score} at {_shown(best.amount)}, "
+                f"from {plain.estimate} unsteered, at a KL of {best.kl.value:.3g} nats a token. Ask for less, or for more "
+                "amounts with between=(least, most).",
+                reached=best.score.value,
+                curve=self._curve(),
+            )
+        self._narrow(
+            excess,
+            low or 0.0,
+            -reach if low is None else excess(self.tried[low]),
+            high,
+            lambda dose: 0 <= excess(dose) <= _NEAR * reach,
+        )
+        reaching = [place for place, dose in self.tried.items() if excess(dose) >= 0]
+        return self._found(self.tried[min(reaching)], f"a score of {target:g}", less)
+
+    def _bracket(self, excess: Callable[[Dose], float]) -> tuple[float | None, float | None]:
+        """Try 1/4, 1/2 and 1 until one is enough; return the last that is not, and the first that is."""
+        low = None
+        for place in (0.25, 0.5, 1.0):
+            if excess(self._try(place)) >= 0:
+                return low, place
+            low = place
+        return low, None
+
+    def _narrow(
+        self, excess: Callable[[Dose], float], low: float, below: float, high: float, done: Callable[[Dose], bool]
+    ) -> None:
+        above = excess(self.tried[high])
+        while len(self.tried) < self._trials and not any(map(done, self.tried.values())):
+            share = below / (below - above)
+            place = low + (high - low) * min(max(share, 0.1), 0.9)
+            if len(self.tried) % 3 == 2:  # interpolation may creep along from one side
+                place = (low + high) / 2
+            found = excess(self._try(place))
+            if found >= 0:
+                high, above = place, found
+            else:
+                low, below = place, found
+
+    def _try(self, place: float) -> Dose:
+        amount = self._dial(place)
+        with self.control.using(**{self._name: amount}):
+            found = self._measure()
+        score = found["score"].estimate if "score" in found else None
+        dose = Dose(
+            amount, found, score, found["kl"].estimate, found["kl_p90"].estimate, found["displacement"].estimate
+        )
+        self.tried[place] = dose
+        return dose
+
+    def _curve(self) -> tuple[Dose, ...]:
+        return tuple(dose for _, dose in sorted(self.tried.items()))
+
+    def _found(self, chosen: Dose, goal: str, less: Callable[[Dose, Dose], bool]) -> Calibration:
+        curve = self._curve()
+        falls = [
+            (first, second) for index, second in enumerate(curve) for first in curve[:index] if less(first, second)
+        ]
+        if falls:
+            first, second = falls[0]
+            warnings.warn(
+                f"More of {self._name!r} should do more. Found that {_shown(second.amount)} does less than {_shown(first.amount)}. Look "
+                "at the curve before you trust the amount.",
+                SteerkitWarning,
+                stacklevel=4,
+            )
+        return Calibration(chosen, curve, not falls, goal)
+
+
+def _shown(amount: Amount) -> str:
+    if isinstance(amount, Mapping):
+        return "{" + ", ".join(f"{layer}: {float(size):.3g}" for layer, size in amount.items()) + "}"  # type: ignore[arg-type]
+    return f"{float(amount):.4g}"  # type: ignore[arg-type]

@@ -1,0 +1,146 @@
+"""What steering costs: distance from the unsteered model, fluency and variety of the text, what else it can do still."""
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from steerkit.activations import tokenise
+from steerkit.errors import TextsError
+from steerkit.evaluation.passes import Continued, read
+from steerkit.evaluation.report import Measure
+from steerkit.hooks import layers_steered, unsteered
+from steerkit.model import Decoder
+
+Row = dict[str, float]
+
+
+def replayed(decoder: Decoder, rows: Continued) -> list[Row]:
+    """Compare the model as it stands with the unsteered one on the same tokens, row by row.
+
+    `kl`: mean over the tokens of KL(steered || unsteered), full vocabulary, temperature 1, in nats. `perplexity`: mean of
+    -log of the probability that the unsteered model gives each token. `entropy`: of the distributions that the tokens were drawn
+    from; little is a text that has to be. `displacement`: `|h' - h| / |h|` after the last block that is edited: of one addition
+    the magnitude as a share of the residual norm.
+    """
+    last = max(layers_steered(decoder.model), default=decoder.depth - 1)
+    steered, moved = read(decoder, rows, last)
+    with unsteered(decoder.model):
+        plain, states = read(decoder, rows, last)
+    assert moved is not None
+    assert states is not None
+    found = []
+    for row, real in enumerate(rows.real):
+        here, there = (F.log_softmax(logits[row, real].float(), dim=-1) for logits in (steered, plain))
+        tokens = rows.new[row, real]
+        shift = (moved[row, real] - states[row, real]).norm(dim=-1) / states[row, real].norm(dim=-1)
+        found.append(
+            {
+                "kl": float(F.kl_div(there, here, reduction="none", log_target=True).sum(dim=-1).mean().clamp(min=0)),
+                "perplexity": float(-there.gather(-1, tokens[:, None]).mean()),
+                "entropy": float(-(here.exp() * here).sum(dim=-1).mean()),
+                "displacement": float(shift.mean()),
+            }
+        )
+    return found
+
+
+def variety(rows: Continued) -> list[Row]:
+    """Tell of each row how much it repeats itself.
+
+    `repetition`: share of its tokens that complete a run of 4 tokens which the row held before. `distinct_2`: different pairs
+    of tokens as a share of all pairs.
+    """
+    found = []
+    for row, real in enumerate(rows.real):
+        tokens = rows.new[row, real].tolist()
+        runs = [tuple(tokens[i : i + 4]) for i in range(len(tokens) - 3)]
+        pairs = list(itertools.pairwise(tokens))
+        found.append(
+            {
+                "repetition": (len(runs) - len(set(runs))) / max(len(runs), 1),
+                "distinct_2": len(set(pairs)) / len(pairs) if pairs else 1.0,
+                "length": float(len(tokens)),
+            }
+        )
+    return found
+
+
+def neutral_texts() -> list[str]:
+    """Return 24 plain sentences on many subjects, for what steering does to a text that has nothing to do with it."""
+    return (resources.files("steerkit.evaluation") / "assets" / "neutral.txt").read_text("utf-8").splitlines()
+
+
+def task_questions() -> list[dict[str, Any]]:
+    """Return 40 easy questions, `{"question": text, "options": texts, "answer": index}`, that a model should still answer."""
+    lines = (resources.files("steerkit.evaluation") / "assets" / "task.jsonl").read_text("utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def collateral(decoder: Decoder, tokenizer: Any, texts: Sequence[str], batch_size: int) -> Measure:
+    """Return KL(steered || unsteered) on given texts, their first token the prompt: what is changed that need not be."""
+    tokens = tokenise(tokenizer, texts)
+    short = next((index for index, ids in enumerate(tokens) if len(ids) < 2), None)
+    if short is not None:
+        raise TextsError(f"A neutral text needs two tokens. Found fewer in text {short}. Leave it out.", index=short)
+    values = []
+    for start in range(0, len(tokens), batch_size):
+        part = tokens[start : start + batch_size]
+        rows = Continued.of([ids[:1] for ids in part], [ids[1:] for ids in part], _device(decoder))
+        values += [row["kl"] for row in replayed(decoder, rows)]
+    weights = tuple(float(len(ids) - 1) for ids in tokens)
+    return Measure(tuple(values), tuple(range(len(values))), weights, "damage")
+
+
+def checked_questions(task: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return questions once each of them is known to be one.
+
+    Raises:
+        TextsError: one that is not.
+    """
+    for index, one in enumerate(task):
+        options = one.get("options") if isinstance(one, Mapping) else None
+        fine = (
+            isinstance(options, Sequence)
+            and len(options) > 1
+            and all(isinstance(text, str) and text for text in (one.get("question"), *options))
+            and isinstance(one.get("answer"), int)
+            and 0 <= one["answer"] < len(options)
+        )
+        if not fine:
+            raise TextsError(
+                "A question needs `question`, two or more `options` and the index of its `answer`. Found "
+                f"{one!r:.60} at {index}. Write it like task_questions().",
+                index=index,
+            )
+    return list(task)
+
+
+def accuracy(decoder: Decoder, tokenizer: Any, task: Sequence[Mapping[str, Any]], batch_size: int) -> Measure:
+    """Return the share of questions whose answer is the likeliest option, by the mean log-probability of its tokens."""
+    prompts = tokenise(tokenizer, [one["question"] for one in task])
+    likelihoods: list[float] = []
+    cells = [(index, option) for index, one in enumerate(task) for option in one["options"]]
+    for start in range(0, len(cells), batch_size):
+        part = cells[start : start + batch_size]
+        options = [tokenizer(option, add_special_tokens=False, verbose=False)["input_ids"] for _, option in part]
+        rows = Continued.of([prompts[index] for index, _ in part], options, _device(decoder))
+        logits, _ = read(decoder, rows)
+        chosen = F.log_softmax(logits.float(), dim=-1).gather(-1, rows.new[..., None])[..., 0]
+        likelihoods += ((chosen * rows.real).sum(dim=-1) / rows.real.sum(dim=-1)).tolist()
+    right, place = [], 0
+    for one in task:
+        here = likelihoods[place : place + len(one["options"])]
+        place += len(here)
+        right.append(float(here.index(max(here)) == one["answer"]))
+    return Measure(tuple(right), tuple(range(len(right))), kind="damage")
+
+
+def _device(decoder: Decoder) -> torch.device:
+    weight: Tensor = decoder.model.get_input_embeddings().weight
+    return weight.device

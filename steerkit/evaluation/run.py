@@ -1,0 +1,277 @@
+"""`evaluate`: what a model writes, scored, with what it costs beside it."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from steerkit.activations import checked_texts, tokenise
+from steerkit.errors import AmountError, SamplesError, ScorerError, TextsError
+from steerkit.evaluation import damage
+from steerkit.evaluation.passes import Continued, Sampling, write
+from steerkit.evaluation.report import Arm, Measure, Report
+from steerkit.evaluation.scorers import Scorer, refusal
+from steerkit.hooks import layers_steered, rows_are_samples, samples_steered
+from steerkit.model import Decoder, evaluating, find_decoder
+from steerkit.types import Text
+
+Scorers = Mapping[str, Scorer] | Iterable[Scorer] | Scorer
+
+PANEL = ("kl", "kl_p90", "perplexity", "entropy", "repetition", "distinct_2", "length", "displacement")
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Text],
+    *,
+    scorers: Scorers = (),
+    name: str | None = None,
+    max_new_tokens: int = 32,
+    samples: int = 1,
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 32,
+    neutral: Sequence[str] | None = None,
+    task: Sequence[Mapping[str, Any]] | None = None,
+    harmful: Sequence[Text] = (),
+    harmless: Sequence[Text] = (),
+    progress: bool = False,
+) -> Report:
+    """Let the model write as it stands, steered or not, score the text, and measure what it costs beside it.
+
+        with Controller(model, [sentiment.constrain(at_least=0.9)]):
+            report = evaluate(model, tokenizer, prompts, scorers={"positive": positive})
+
+    The budget is `kl`: the mean over generated tokens of KL(steered || unsteered), full vocabulary, temperature 1, on the
+    steered model's own samples, replayed with the same edits; 1 nat a token is 24 nats in 24 tokens. `kl_p90` is its 90th
+    percentile over rows. Beside it: `perplexity` of the text under the unsteered model and the `entropy` that it was drawn with,
+    `repetition` (share of runs of 4 tokens that were there before; it lowers perplexity), `distinct_2`, `length` in
+    tokens, `displacement` (the dose: relative change of the residual stream after the last block that is edited), `collateral` (KL on neutral texts)
+    and `task` (accuracy on easy questions).
+
+    Args:
+        model: as the caller's `with` leaves it; amounts for each sample follow the prompts whatever the batches are.
+        tokenizer: its tokenizer; not changed.
+        prompts: strings or conversations.
+        scorers: functions `(prompts, completions) -> scores` by name, or functions that have one.
+        name: of the arm; "steered" or "unsteered" by default.
+        max_new_tokens: tokens a continuation.
+        samples: continuations of each prompt.
+        temperature: 1 draws from the model's own distribution, which the budget is about; 0 is greedy.
+        seed: of the sampling, the same for every arm; the caller's random numbers stay where they are.
+        batch_size: rows that run together.
+        neutral: texts for `collateral`; 24 shipped sentences by default, () for none.
+        task: questions for `task`; 40 shipped ones by default, () for none. With amounts for each sample there is neither.
+        harmful: prompts to refuse, for `refusal`.
+        harmless: prompts not to refuse, for `over_refusal`.
+        progress: show a progress bar.
+
+    Returns:
+        A `Report` of one arm; `Report.join` puts several beside each other.
+
+    Raises:
+        TextsError: no prompts, or texts that are none.
+        ScorerError: a scorer that raises, returns NaN or the wrong number of scores, or takes the name of a measure.
+        AmountError: a number of tokens or samples below 1, or a negative temperature.
+        SamplesError: amounts for another number of samples than there are prompts.
+    """
+    prompts = checked_texts(prompts, "prompts")
+    by_name = named(scorers)
+    sampling = checked_sampling(max_new_tokens, samples, temperature, seed, batch_size)
+    decoder = find_decoder(model)
+    counts = samples_steered(decoder.model)
+    _refuse_other_counts(counts, len(prompts), bool(neutral or task or harmful or harmless))
+    texts = [] if counts and neutral is None else checked_neutral(neutral)
+    questions = (
+        [] if counts and task is None else damage.checked_questions(damage.task_questions() if task is None else task)
+    )
+    asked = {"refusal": (harmful, "effect"), "over_refusal": (harmless, "damage")}
+    sets = {key: (checked_texts(each, key), kind) for key, (each, kind) in asked.items() if each}
+    with evaluating(decoder.model):
+        measures, shown, completions = measured(decoder, tokenizer, prompts, by_name, sampling, progress=progress)
+        if texts:
+            measures["collateral"] = damage.collateral(decoder, tokenizer, texts, batch_size)
+        if questions:
+            measures["task"] = damage.accuracy(decoder, tokenizer, questions, batch_size)
+        for key, (each, kind) in sets.items():
+            found, _, _ = measured(decoder, tokenizer, each, {key: refusal}, sampling, panel=False, progress=progress)
+            measures[key] = Measure(
+                found[key].values, found[key].clusters, kind="effect" if kind == "effect" else "damage"
+            )
+    name = name or ("steered" if layers_steered(decoder.model) else "unsteered")
+    return Report({name: Arm(measures, tuple(shown), tuple(completions), asdict(sampling))})
+
+
+def named(scorers: Scorers) -> dict[str, Scorer]:
+    """Return scorers by name.
+
+    Raises:
+        ScorerError: no function, no name, or the name of a measure.
+    """
+    if isinstance(scorers, Mapping):
+        listed = list(scorers.items())
+    else:
+        functions: list[Any] = [scorers] if callable(scorers) else list(scorers)
+        listed = [(getattr(each, "__name__", "") if callable(each) else "", each) for each in functions]
+    for name, each in listed:
+        taken = name in (*PANEL, "collateral", "task", "refusal", "over_refusal") and each is not refusal
+        if not callable(each) or not name or taken or name == "<lambda>" or [n for n, _ in listed].count(name) > 1:
+            raise ScorerError(
+                f"A scorer is a function with a name of its own, none of {', '.join(PANEL)}. Found {name!r}: "
+                f"{type(each).__name__}. Pass scorers={{'name': function}}.",
+                name=name,
+            )
+    return dict(listed)
+
+
+def checked_sampling(max_new_tokens: int, samples: int, temperature: float, seed: int, batch_size: int) -> Sampling:
+    """Return the settings once they are known to be some.
+
+    Raises:
+        AmountError: a number of tokens, samples or rows below 1, or a negative temperature.
+    """
+    for word, number in (("max_new_tokens", max_new_tokens), ("samples", samples), ("batch_size", batch_size)):
+        if not isinstance(number, int) or number < 1:
+            raise AmountError(f"`{word}` must be a whole number of at least 1. Found {number!r}.")
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise AmountError(
+            f"`temperature` must be at least 0. Found {temperature!r}. Use 1 for the model's distribution."
+        )
+    if temperature == 0 and samples > 1:
+        raise AmountError(f"Greedy text has one sample a prompt. Found samples={samples}. Use temperature=1.")
+    return Sampling(max_new_tokens, samples, float(temperature), int(seed), batch_size)
+
+
+def checked_neutral(neutral: Sequence[str] | None) -> list[str]:
+    """Return neutral texts, the shipped ones by default."""
+    if neutral is None:
+        return damage.neutral_texts()
+    found = [] if not neutral else checked_texts(neutral, "neutral")
+    if any(not isinstance(text, str) for text in found):
+        raise TextsError("Neutral texts must be strings. Found a conversation. Pass plain text.")
+    return [text for text in found if isinstance(text, str)]
+
+
+def _refuse_other_counts(counts: frozenset[int], prompts: int, more: bool) -> None:
+    other = sorted(counts - {prompts})
+    if other:
+        raise SamplesError(
+            f"Amounts for each sample must be as many as the prompts. Found {other[0]} amounts for {prompts} prompts. Pass one "
+            "value a prompt.",
+            expected=other[0],
+            found=prompts,
+        )
+    if counts and more:
+        raise SamplesError(
+            f"Amounts for each of {prompts} prompts fit no other texts. Found neutral texts, questions or prompts to refuse. "
+            "Leave them out, or use one amount for all."
+        )
+
+
+def measured(
+    decoder: Decoder,
+    tokenizer: Any,
+    prompts: Sequence[Text],
+    scorers: Mapping[str, Scorer],
+    sampling: Sampling,
+    *,
+    panel: bool = True,
+    progress: bool = False,
+) -> tuple[dict[str, Measure], list[str], list[str]]:
+    """Return measures of what the model writes, and by row the prompts as text and the completions."""
+    tokens = tokenise(tokenizer, prompts)
+    limit = getattr(decoder.model.config, "max_position_embeddings", None)
+    longest = max(range(len(tokens)), key=lambda i: len(tokens[i]))
+    if limit is not None and len(tokens[longest]) + sampling.max_new_tokens > limit:
+        raise TextsError(
+            f"Prompt and completion may have {limit} tokens on this model. Found {len(tokens[longest])} and "
+            f"{sampling.max_new_tokens} new ones at prompt {longest}. Shorten it.",
+            index=longest,
+        )
+    rows: list[dict[str, float]] = []
+    completions: list[str] = []
+    size = max(1, sampling.batch_size // sampling.samples)
+    bar = tqdm(total=len(prompts), desc="evaluating", unit="prompt", disable=not progress)
+    with bar:
+        for start in range(0, len(tokens), size):
+            part = range(start, min(start + size, len(tokens)))
+            with rows_are_samples(decoder.model, part, len(tokens)):
+                written = write(decoder, tokenizer, [tokens[i] for i in part], sampling, start)
+                if panel:
+                    rows += _panel(decoder, written)
+            completions += [
+                tokenizer.decode(new[real], skip_special_tokens=True)
+                for new, real in zip(written.new, written.real, strict=True)
+            ]
+            bar.update(len(part))
+    clusters = tuple(index for index in range(len(prompts)) for _ in range(sampling.samples))
+    measures = _scored([prompts[i] for i in clusters], completions, clusters, scorers)
+    if panel:
+        measures |= _gathered(rows, clusters)
+    texts = [each if isinstance(each, str) else each[-1]["content"] for each in prompts]
+    return measures, [texts[i] for i in clusters], completions
+
+
+def _panel(decoder: Decoder, written: Continued) -> list[dict[str, float]]:
+    return [{**a, **b} for a, b in zip(damage.replayed(decoder, written), damage.variety(written), strict=True)]
+
+
+def _gathered(rows: Sequence[Mapping[str, float]], clusters: tuple[int, ...]) -> dict[str, Measure]:
+    """Return the damage panel; what is a mean over tokens is weighted by their number."""
+    lengths = tuple(row["length"] for row in rows)
+
+    def measure(key: str, shown: Any = "mean", weights: tuple[float, ...] = ()) -> Measure:
+        return Measure(tuple(row[key] for row in rows), clusters, weights, "damage", shown)
+
+    return {
+        "kl": measure("kl", weights=lengths),
+        "kl_p90": measure("kl", "p90"),
+        "perplexity": measure("perplexity", "exp", lengths),
+        "entropy": measure("entropy", weights=lengths),
+        "repetition": measure("repetition"),
+        "distinct_2": measure("distinct_2"),
+        "length": measure("length"),
+        "displacement": measure("displacement", weights=lengths),
+    }
+
+
+def _scored(
+    prompts: Sequence[Text], completions: Sequence[str], clusters: tuple[int, ...], scorers: Mapping[str, Scorer]
+) -> dict[str, Measure]:
+    found = {}
+    for name, scorer in scorers.items():
+        values = _called(name, scorer, prompts, completions)
+        found[name] = Measure(values, clusters)
+    return found
+
+
+def _called(
+    name: str, scorer: Callable[..., Any], prompts: Sequence[Text], completions: Sequence[str]
+) -> tuple[float, ...]:
+    try:
+        scores = scorer(list(prompts), list(completions))
+    except Exception as error:
+        raise ScorerError(
+            f"A scorer must score every completion. {name!r} raised {error!r:.200}.", name=name
+        ) from error
+    scores = scores.tolist() if hasattr(scores, "tolist") else scores
+    try:
+        values = tuple(float(score) for score in scores)
+    except (TypeError, ValueError) as error:
+        raise ScorerError(f"A scorer must return numbers. {name!r} returned {scores!r:.80}.", name=name) from error
+    if len(values) != len(completions):
+        raise ScorerError(
+            f"A scorer must return one score for each of {len(completions)} completions. {name!r} returned {len(values)}.",
+            name=name,
+        )
+    bad = next((index for index, value in enumerate(values) if not math.isfinite(value)), None)
+    if bad is not None:
+        raise ScorerError(
+            f"A score must be a finite number. {name!r} returned {values[bad]} for completion {bad}.",
+            name=name,
+            index=bad,
+        )
+    return values
