@@ -16,13 +16,13 @@ from steerkit.concepts.concept import Concept
 from steerkit.controller import Controller
 from steerkit.errors import AmountError, CalibrationError, SteerkitWarning
 from steerkit.evaluation import scorers as ready
-from steerkit.evaluation.passes import Sampling
+from steerkit.evaluation.passes import Writer
 from steerkit.evaluation.report import Estimate, Measure
 from steerkit.evaluation.run import checked_sampling, measured, named
 from steerkit.evaluation.scorers import Scorer
 from steerkit.hooks import unsteered
 from steerkit.intervention import Addition, Constraint, Erasure, Intervention
-from steerkit.model import Decoder, evaluating, find_decoder
+from steerkit.model import evaluating, find_decoder
 from steerkit.types import Amount, Text
 
 _NEAR = 0.05
@@ -37,6 +37,8 @@ class Dose:
 
     amount: Amount
     """Ready for `Controller.using`."""
+    place: float
+    """Where between the least (0) and the most (1) it lies."""
     measures: Mapping[str, Measure] = field(repr=False)
     score: Estimate | None
     kl: Estimate
@@ -134,16 +136,22 @@ def calibrate(
         scorer = ready.probe(scorer, model, tokenizer)
     by_name = {} if scorer is None else named({"score": scorer})
     decoder = find_decoder(model)
-    dial = _dial(model, tokenizer, prompts, decoder, intervention, between)
-    search = _Search(decoder, tokenizer, prompts, intervention.name, dial, by_name, sampling, trials)
+    search = Search(intervention.name, dial(model, tokenizer, prompts, intervention, between), trials)
+    writer = Writer(decoder, tokenizer, prompts)
     with evaluating(decoder.model):
-        if budget is not None:
-            with Controller(model, [intervention]) as search.control:
+        plain = None if budget is not None else measured(writer, by_name, sampling)[0]["score"]
+        with Controller(model, [intervention]) as control:
+
+            def measure(amount: Amount) -> dict[str, Measure]:
+                with control.using(**{intervention.name: amount}):
+                    return measured(writer, by_name, sampling)[0]
+
+            search.measure = measure
+            if plain is None:
+                assert budget is not None
                 return search.within(float(budget))
-        assert target is not None
-        plain, _, _ = measured(decoder, tokenizer, prompts, by_name, sampling)
-        with Controller(model, [intervention]) as search.control:
-            return search.towards(float(target), plain["score"])
+            assert target is not None
+            return search.towards(float(target), plain)
 
 
 def _check_goal(scorer: Any, target: float | None, budget: float | None, trials: int) -> None:
@@ -160,18 +168,24 @@ def _check_goal(scorer: Any, target: float | None, budget: float | None, trials:
         raise AmountError(f"A search needs 3 trials or more. Found {trials!r}.")
 
 
+_LADDER = (0.25, 0.5, 1.0)
+"""Places that are tried until one is enough."""
+
 Dial = Callable[[float], Amount]
 
 
-def _dial(
+def dial(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[Text],
-    decoder: Decoder,
     intervention: Intervention,
-    between: tuple[float, float] | None,
+    between: tuple[float, float] | None = None,
 ) -> Dial:
-    """Return what maps 0 (least) to 1 (most) to an amount."""
+    """Return what maps 0 (least) to 1 (most) to an amount.
+
+    Raises:
+        AmountError: an erasure, amounts for each sample, a range that is none.
+    """
     if isinstance(intervention, Erasure) or not isinstance(intervention, Intervention):
         raise AmountError(
             f"An amount can be calibrated of an addition, a constraint or a preference vector. Found "
@@ -194,7 +208,7 @@ def _dial(
     if between is None:
         most = 2.0
         if isinstance(intervention, Addition):
-            with unsteered(decoder.model):
+            with unsteered(find_decoder(model).model):
                 states = record(model, tokenizer, prompts[:64], layers=intervention.layers)
             most = _REACH * min(float(states[layer].norm(dim=-1).mean()) for layer in intervention.layers)
         between = (0.0, most if by_layer else sign * most)
@@ -209,57 +223,49 @@ def _dial(
     return amount
 
 
-class _Search:
-    """Amounts tried so far, by their place on the dial."""
+class Search:
+    """Amounts tried so far, by their place on the dial; one search serves several goals."""
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        tokenizer: Any,
-        prompts: Sequence[Text],
-        name: str,
-        dial: Dial,
-        scorers: Mapping[str, Scorer],
-        sampling: Sampling,
-        trials: int,
-    ) -> None:
-        self.control: Controller
+    measure: Callable[[Amount], Mapping[str, Measure]]
+    """What an amount does; set before the first goal."""
+
+    def __init__(self, name: str, amount: Dial, trials: int) -> None:
         self.tried: dict[float, Dose] = {}
-        self._measure = lambda: measured(decoder, tokenizer, prompts, scorers, sampling)[0]
         self._name = name
-        self._dial = dial
+        self._amount = amount
         self._trials = trials
+        """Most amounts to try for one goal."""
 
     def within(self, budget: float) -> Calibration:
-        """Return the largest amount within a budget; the root of KL grows about linearly with an edit's length."""
+        """Return the largest amount within a budget."""
+        goal = f"KL of at most {budget:g} nats a token"
 
         def excess(dose: Dose) -> float:
+            # The root of KL grows about linearly with the length of an edit.
             return math.sqrt(max(dose.kl.value, 0.0)) - math.sqrt(budget)
 
-        goal = f"KL of at most {budget:g} nats a token"
-        low, high = self._bracket(excess)
-        if high is None:
-            warnings.warn(
-                f"The largest amount, {_shown(self._dial(1.0))}, spends {self.tried[1.0].kl.value:.3g} of {budget:g} nats a "
-                "token. More may do more: pass between=(least, most).",
-                SteerkitWarning,
-                stacklevel=3,
-            )
-            return self._found(self.tried[1.0], goal, lambda a, b: b.measures["kl"].against(a.measures["kl"]).high < 0)
-        start = -math.sqrt(budget) if low is None else excess(self.tried[low])
-        self._narrow(excess, low or 0.0, start, high, lambda dose: 1 - 2 * _NEAR <= dose.kl.value / budget <= 1)
+        def less(first: Dose, second: Dose) -> bool:
+            return second.measures["kl"].against(first.measures["kl"]).high < 0
+
+        enough = self._solve(excess, -math.sqrt(budget), lambda dose: 1 - 2 * _NEAR <= dose.kl.value / budget <= 1)
         fitting = [place for place, dose in self.tried.items() if dose.kl.value <= budget]
         if not fitting:
-            least = min(self.tried)
+            least = self.tried[min(self.tried)]
             raise CalibrationError(
-                f"A budget of {budget:g} nats a token is required. Found that {self._name!r} at {_shown(self._dial(least))}, the "
-                f"least of {len(self.tried)} amounts tried, spends {self.tried[least].kl.value:.3g}. Allow more, or start lower with "
+                f"A budget of {budget:g} nats a token is required. Found that {self._name!r} at {_shown(least.amount)}, the least of "
+                f"{len(self.tried)} amounts tried, spends {least.kl.value:.3g}. Allow more, or start lower with "
                 "between=(least, most).",
                 curve=self._curve(),
             )
-        return self._found(
-            self.tried[max(fitting)], goal, lambda a, b: b.measures["kl"].against(a.measures["kl"]).high < 0
-        )
+        if not enough:
+            most = self.tried[max(self.tried)]
+            warnings.warn(
+                f"The largest amount of {self._name!r}, {_shown(most.amount)}, spends {most.kl.value:.3g} of {budget:g} nats a token. "
+                "More may do more: pass between=(least, most).",
+                SteerkitWarning,
+                stacklevel=3,
+            )
+        return self._found(self.tried[max(fitting)], goal, less)
 
     def towards(self, target: float, plain: Measure) -> Calibration:
         """Return the least amount found that reaches a target from where the unsteered text scores."""
@@ -269,6 +275,7 @@ class _Search:
         if reach == 0:
             raise CalibrationError(
                 f"The target must lie off the unsteered score. Found that it is {start:.3g} already. No amount is needed.",
+                reached=start,
                 curve=(),
             )
 
@@ -280,8 +287,7 @@ class _Search:
             change = second.measures["score"].against(first.measures["score"])
             return change.high < 0 if way > 0 else change.low > 0
 
-        low, high = self._bracket(excess)
-        if high is None:
+        if not self._solve(excess, -reach, lambda dose: 0 <= excess(dose) <= _NEAR * reach):
             best = max(self.tried.values(), key=excess)
             assert best.score is not None
             raise CalibrationError(
@@ -291,50 +297,35 @@ class _Search:
                 reached=best.score.value,
                 curve=self._curve(),
             )
-        self._narrow(
-            excess,
-            low or 0.0,
-            -reach if low is None else excess(self.tried[low]),
-            high,
-            lambda dose: 0 <= excess(dose) <= _NEAR * reach,
-        )
         reaching = [place for place, dose in self.tried.items() if excess(dose) >= 0]
         return self._found(self.tried[min(reaching)], f"a score of {target:g}", less)
 
-    def _bracket(self, excess: Callable[[Dose], float]) -> tuple[float | None, float | None]:
-        """Try 1/4, 1/2 and 1 until one is enough; return the last that is not, and the first that is."""
-        low = None
-        for place in (0.25, 0.5, 1.0):
-            if excess(self._try(place)) >= 0:
-                return low, place
-            low = place
-        return low, None
+    def _solve(self, excess: Callable[[Dose], float], nothing: float, done: Callable[[Dose], bool]) -> bool:
+        """Try amounts until one is done with, or trials are; return whether any is enough. `nothing` is the excess of none."""
+        for trial in range(self._trials):
+            found = {place: excess(dose) for place, dose in sorted(self.tried.items())}
+            enough = [place for place, over in found.items() if over >= 0]
+            if any(map(done, self.tried.values())):
+                break
+            if not enough:
+                further = [place for place in _LADDER if place > max(found, default=0.0)]
+                if not further:
+                    return False
+                self._try(further[0])
+                continue
+            high = enough[0]
+            low, below = max(((p, over) for p, over in found.items() if p < high), default=(0.0, nothing))
+            share = min(max(below / (below - found[high]), 0.1), 0.9)
+            # Interpolation may creep along from one side.
+            self._try(low + (high - low) * (0.5 if trial % 4 == 3 else share))
+        return any(excess(dose) >= 0 for dose in self.tried.values())
 
-    def _narrow(
-        self, excess: Callable[[Dose], float], low: float, below: float, high: float, done: Callable[[Dose], bool]
-    ) -> None:
-        above = excess(self.tried[high])
-        while len(self.tried) < self._trials and not any(map(done, self.tried.values())):
-            share = below / (below - above)
-            place = low + (high - low) * min(max(share, 0.1), 0.9)
-            if len(self.tried) % 3 == 2:  # interpolation may creep along from one side
-                place = (low + high) / 2
-            found = excess(self._try(place))
-            if found >= 0:
-                high, above = place, found
-            else:
-                low, below = place, found
-
-    def _try(self, place: float) -> Dose:
-        amount = self._dial(place)
-        with self.control.using(**{self._name: amount}):
-            found = self._measure()
+    def _try(self, place: float) -> None:
+        amount = self._amount(place)
+        found = self.measure(amount)
         score = found["score"].estimate if "score" in found else None
-        dose = Dose(
-            amount, found, score, found["kl"].estimate, found["kl_p90"].estimate, found["displacement"].estimate
-        )
-        self.tried[place] = dose
-        return dose
+        kl, kl_p90, moved = (found[name].estimate for name in ("kl", "kl_p90", "displacement"))
+        self.tried[place] = Dose(amount, place, found, score, kl, kl_p90, moved)
 
     def _curve(self) -> tuple[Dose, ...]:
         return tuple(dose for _, dose in sorted(self.tried.items()))

@@ -6,13 +6,11 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from steerkit.activations import tokenise
 from steerkit.errors import TextsError
-from steerkit.evaluation.passes import Continued, read
+from steerkit.evaluation.passes import Continued, Writer, device_of, read
 from steerkit.evaluation.report import Measure
 from steerkit.hooks import layers_steered, unsteered
 from steerkit.model import Decoder
@@ -20,16 +18,17 @@ from steerkit.model import Decoder
 Row = dict[str, float]
 
 
-def replayed(decoder: Decoder, rows: Continued) -> list[Row]:
-    """Compare the model as it stands with the unsteered one on the same tokens, row by row.
+def replayed(writer: Writer, rows: Continued, part: Sequence[int]) -> list[Row]:
+    """Compare who wrote with the unsteered model on the same tokens, row by row.
 
     `kl`: mean over the tokens of KL(steered || unsteered), full vocabulary, temperature 1, in nats. `perplexity`: mean of
     -log of the probability that the unsteered model gives each token. `entropy`: of the distributions that the tokens were drawn
     from; little is a text that has to be. `displacement`: `|h' - h| / |h|` after the last block that is edited: of one addition
     the magnitude as a share of the residual norm.
     """
+    decoder = writer.decoder
     last = max(layers_steered(decoder.model), default=decoder.depth - 1)
-    steered, moved = read(decoder, rows, last)
+    steered, moved = writer.read(rows, part, last)
     with unsteered(decoder.model):
         plain, states = read(decoder, rows, last)
     assert moved is not None
@@ -84,15 +83,16 @@ def task_questions() -> list[dict[str, Any]]:
 
 def collateral(decoder: Decoder, tokenizer: Any, texts: Sequence[str], batch_size: int) -> Measure:
     """Return KL(steered || unsteered) on given texts, their first token the prompt: what is changed that need not be."""
-    tokens = tokenise(tokenizer, texts)
+    writer = Writer(decoder, tokenizer, texts)
+    tokens = writer.tokens
     short = next((index for index, ids in enumerate(tokens) if len(ids) < 2), None)
     if short is not None:
         raise TextsError(f"A neutral text needs two tokens. Found fewer in text {short}. Leave it out.", index=short)
     values = []
     for start in range(0, len(tokens), batch_size):
         part = tokens[start : start + batch_size]
-        rows = Continued.of([ids[:1] for ids in part], [ids[1:] for ids in part], _device(decoder))
-        values += [row["kl"] for row in replayed(decoder, rows)]
+        rows = Continued.of([ids[:1] for ids in part], [ids[1:] for ids in part], device_of(decoder))
+        values += [row["kl"] for row in replayed(writer, rows, range(start, start + len(part)))]
     weights = tuple(float(len(ids) - 1) for ids in tokens)
     return Measure(tuple(values), tuple(range(len(values))), weights, "damage")
 
@@ -129,7 +129,7 @@ def accuracy(decoder: Decoder, tokenizer: Any, task: Sequence[Mapping[str, Any]]
     for start in range(0, len(cells), batch_size):
         part = cells[start : start + batch_size]
         options = [tokenizer(option, add_special_tokens=False, verbose=False)["input_ids"] for _, option in part]
-        rows = Continued.of([prompts[index] for index, _ in part], options, _device(decoder))
+        rows = Continued.of([prompts[index] for index, _ in part], options, device_of(decoder))
         logits, _ = read(decoder, rows)
         chosen = F.log_softmax(logits.float(), dim=-1).gather(-1, rows.new[..., None])[..., 0]
         likelihoods += ((chosen * rows.real).sum(dim=-1) / rows.real.sum(dim=-1)).tolist()
@@ -139,8 +139,3 @@ def accuracy(decoder: Decoder, tokenizer: Any, task: Sequence[Mapping[str, Any]]
         place += len(here)
         right.append(float(here.index(max(here)) == one["answer"]))
     return Measure(tuple(right), tuple(range(len(right))), kind="damage")
-
-
-def _device(decoder: Decoder) -> torch.device:
-    weight: Tensor = decoder.model.get_input_embeddings().weight
-    return weight.device

@@ -1,20 +1,24 @@
-"""The two passes of evaluation: the model writes after prompts, and what was written is read again, steered or not.
+"""The two passes of evaluation: somebody writes after prompts, and what was written is read again, steered or not.
 
 A replay is one pass over prompt and continuation in which every position is edited as it was in generation, so that
 the distributions it gives are those that the tokens were drawn from.
 """
 
 import inspect
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from steerkit.activations import tokenise
 from steerkit.hooks import continuing
 from steerkit.model import Decoder
+from steerkit.types import Text
 
 
 @dataclass(frozen=True)
@@ -64,39 +68,164 @@ class Continued:
         return self.mask[:, self.width :].bool()
 
 
-def write(
-    decoder: Decoder, tokenizer: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, batch: int
-) -> Continued:
-    """Let the model continue a batch of prompts; the caller's random numbers stay where they are."""
-    model = decoder.model
-    device = model.get_input_embeddings().weight.device
-    start = Continued.of(prompts, [[]] * len(prompts), device)
-    own = getattr(model, "generation_config", None)
-    ends = getattr(own, "eos_token_id", None)
-    ends = getattr(tokenizer, "eos_token_id", None) if ends is None else ends
-    ends = [ends] if isinstance(ends, int) else list(ends or [])
-    pad = getattr(own, "pad_token_id", None)
-    config = GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens,
-        num_return_sequences=sampling.samples,
-        do_sample=sampling.temperature > 0,
-        # Whatever the model's own defaults are: the budget is about its whole distribution.
-        temperature=sampling.temperature or None,
-        top_k=0 if sampling.temperature > 0 else None,
-        top_p=1.0 if sampling.temperature > 0 else None,
-        repetition_penalty=1.0,
-        eos_token_id=ends or None,
-        pad_token_id=pad if pad is not None else (ends or [0])[0],
-        bos_token_id=getattr(own, "bos_token_id", None),
-    )
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
-        torch.manual_seed(sampling.seed * 1_000_003 + batch)
-        ids = model.generate(start.ids, attention_mask=start.mask, generation_config=config)
-    new = ids[:, start.width :]
-    ended = torch.isin(new, torch.tensor(ends, device=new.device)) if ends else torch.zeros_like(new, dtype=torch.bool)
-    real = (ended.cumsum(dim=1) - ended.long()) == 0
-    mask = start.mask.repeat_interleave(sampling.samples, dim=0)
-    return Continued(ids, torch.cat([mask, real.long()], dim=1), start.width)
+class Writer:
+    """The model as it stands, steered or not: it continues prompts, and tells what each token was drawn from."""
+
+    def __init__(self, decoder: Decoder, tokenizer: Any, prompts: Sequence[Text]) -> None:
+        self.decoder = decoder
+        self.tokenizer = tokenizer
+        self.prompts = prompts
+        self.tokens = tokenise(tokenizer, prompts)
+
+    def write(self, part: Sequence[int], sampling: Sampling) -> Continued:
+        """Continue a part of the prompts; the caller's random numbers stay where they are."""
+        return self._generate(
+            Continued.of([self.tokens[i] for i in part], [[]] * len(part), self._device), part, sampling
+        )
+
+    def read(self, rows: Continued, part: Sequence[int], layer: int | None = None) -> tuple[Tensor, Tensor | None]:
+        """Return the logits that each new token was drawn from; see `read`."""
+        return read(self.decoder, rows, layer)
+
+    @property
+    def _device(self) -> torch.device:
+        return device_of(self.decoder)
+
+    def _generate(self, start: Continued, part: Sequence[int], sampling: Sampling, **more: Any) -> Continued:
+        model = self.decoder.model
+        own = getattr(model, "generation_config", None)
+        ends = getattr(own, "eos_token_id", None)
+        ends = getattr(self.tokenizer, "eos_token_id", None) if ends is None else ends
+        ends = [ends] if isinstance(ends, int) else list(ends or [])
+        pad = getattr(own, "pad_token_id", None)
+        drawn = sampling.temperature > 0
+        config = GenerationConfig(
+            max_new_tokens=sampling.max_new_tokens,
+            num_return_sequences=sampling.samples,
+            do_sample=drawn,
+            # Whatever the model's own defaults are: the budget is about its whole distribution.
+            temperature=sampling.temperature if drawn else None,
+            top_k=0 if drawn else None,
+            top_p=1.0 if drawn else None,
+            repetition_penalty=1.0,
+            eos_token_id=ends or None,
+            pad_token_id=pad if pad is not None else (ends or [0])[0],
+            bos_token_id=getattr(own, "bos_token_id", None),
+        )
+        devices = [self._device] if self._device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            torch.manual_seed(sampling.seed * 1_000_003 + part[0])
+            ids = model.generate(start.ids, attention_mask=start.mask, generation_config=config, **more)
+        new = ids[:, start.width :]
+        ended = (
+            torch.isin(new, torch.tensor(ends, device=new.device)) if ends else torch.zeros_like(new, dtype=torch.bool)
+        )
+        real = (ended.cumsum(dim=1) - ended.long()) == 0
+        mask = start.mask.repeat_interleave(sampling.samples, dim=0)
+        return Continued(ids, torch.cat([mask, real.long()], dim=1), start.width)
+
+
+class Prompted(Writer):
+    """The model under an instruction, mixed with itself without one: logits `(1 - x) plain + x instructed`, x the dose."""
+
+    def __init__(
+        self, decoder: Decoder, tokenizer: Any, prompts: Sequence[Text], instruction: str, share: float = 1.0
+    ) -> None:
+        super().__init__(decoder, tokenizer, prompts)
+        self.share = share
+        self.instructed = tokenise(tokenizer, [instructed(prompt, instruction) for prompt in prompts])
+
+    def write(self, part: Sequence[int], sampling: Sampling) -> Continued:
+        here = [i for i in part for _ in range(sampling.samples)]
+        start = Continued.of([self.instructed[i] for i in here], [[]] * len(here), self._device)
+        plain = Continued.of([self.tokens[i] for i in here], [[]] * len(here), self._device)
+        blend = LogitsProcessorList([_Blend(self.decoder, plain, self.share)])
+        rows = self._generate(start, part, replace(sampling, samples=1), logits_processor=blend)
+        ids = torch.cat([plain.ids, rows.new], dim=1)
+        return Continued(ids, torch.cat([plain.mask, rows.real.long()], dim=1), plain.width)
+
+    def read(self, rows: Continued, part: Sequence[int], layer: int | None = None) -> tuple[Tensor, Tensor | None]:
+        each = len(rows.ids) // len(part)
+        prompts = [self.instructed[i] for i in part for _ in range(each)]
+        start = Continued.of(prompts, [[]] * len(prompts), self._device)
+        longer = Continued(
+            torch.cat([start.ids, rows.new], dim=1), torch.cat([start.mask, rows.real.long()], dim=1), start.width
+        )
+        there, states = read(self.decoder, longer, layer)
+        here, _ = read(self.decoder, rows)
+        return blended(here, there, self.share), states
+
+
+class BestOf(Writer):
+    """The best of n continuations by a scorer of its own: KL from the model of at most `log n - (n - 1) / n` a text."""
+
+    def __init__(self, decoder: Decoder, tokenizer: Any, prompts: Sequence[Text], count: int, chooser: Any) -> None:
+        super().__init__(decoder, tokenizer, prompts)
+        self.count = count
+        self.chooser = chooser
+
+    def write(self, part: Sequence[int], sampling: Sampling) -> Continued:
+        rows = super().write(part, replace(sampling, samples=self.count * sampling.samples))
+        texts = [self.tokenizer.decode(new[real], skip_special_tokens=True) for new, real in zip(rows.new, rows.real)]
+        prompts = [self.prompts[i] for i in part for _ in range(self.count * sampling.samples)]
+        scores = torch.tensor([float(score) for score in self.chooser(prompts, texts)])
+        best = scores.view(-1, self.count).argmax(dim=1) + torch.arange(0, len(scores), self.count)
+        return Continued(rows.ids[best], rows.mask[best], rows.width)
+
+    @property
+    def divergence(self) -> float:
+        """The bound on KL, nats a text."""
+        return math.log(self.count) - (self.count - 1) / self.count
+
+
+def instructed(prompt: Text, instruction: str) -> Text:
+    """Return a prompt under an instruction: before the text, or as the system's message of a conversation."""
+    if isinstance(prompt, str):
+        return f"{instruction}\n\n{prompt}"
+    return [{"role": "system", "content": instruction}, *(dict(m) for m in prompt if m["role"] != "system")]
+
+
+def blended(plain: Tensor, instructed: Tensor, share: float) -> Tensor:
+    """Return `(1 - x) log p + x log q`, not normalised."""
+    return (1 - share) * F.log_softmax(plain.float(), dim=-1) + share * F.log_softmax(instructed.float(), dim=-1)
+
+
+class _Blend(LogitsProcessor):
+    """Runs the plain prompts beside the instructed ones. The kind that transformers has ignores padding."""
+
+    def __init__(self, decoder: Decoder, plain: Continued, share: float) -> None:
+        self._decoder = decoder
+        self._ids, self._mask = plain.ids, plain.mask
+        self._share = share
+        self._cache: Any = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self._share == 1:
+            return scores
+        if self._cache is not None:
+            self._ids = input_ids[:, -1:]
+            self._mask = torch.cat([self._mask, torch.ones_like(self._mask[:, :1])], dim=1)
+        places = (self._mask.cumsum(dim=-1) - 1).clamp(min=0)[:, -self._ids.shape[1] :]
+        out = self._decoder.model(
+            input_ids=self._ids,
+            attention_mask=self._mask,
+            past_key_values=self._cache,
+            use_cache=True,
+            **_places(self._decoder, places),
+        )
+        self._cache = out.past_key_values
+        return blended(out.logits[:, -1], scores, self._share)
+
+
+def device_of(decoder: Decoder) -> torch.device:
+    """Return where a model takes its tokens."""
+    weight: Tensor = decoder.model.get_input_embeddings().weight
+    return weight.device
+
+
+def _places(decoder: Decoder, places: Tensor) -> dict[str, Tensor]:
+    """Return positions for a model that takes them; others count real tokens themselves."""
+    return {"position_ids": places} if "position_ids" in inspect.signature(decoder.model.forward).parameters else {}
 
 
 @torch.no_grad()
@@ -106,12 +235,9 @@ def read(decoder: Decoder, rows: Continued, layer: int | None = None) -> tuple[T
     With a layer, also the residual stream after it at the same positions, `"row new d_model"`.
     """
     model = decoder.model
-    takes = inspect.signature(model.forward).parameters
     length = rows.ids.shape[1] - rows.width
-    given: dict[str, Any] = {"use_cache": False}
-    if "position_ids" in takes:
-        given["position_ids"] = (rows.mask.cumsum(dim=-1) - 1).clamp(min=0)
-    if "logits_to_keep" in takes:
+    given: dict[str, Any] = {"use_cache": False, **_places(decoder, (rows.mask.cumsum(dim=-1) - 1).clamp(min=0))}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
         given["logits_to_keep"] = length + 1
     kept: list[Tensor] = []
     handle = None

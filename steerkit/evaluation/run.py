@@ -7,14 +7,14 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from steerkit.activations import checked_texts, tokenise
+from steerkit.activations import checked_texts
 from steerkit.errors import AmountError, SamplesError, ScorerError, TextsError
 from steerkit.evaluation import damage
-from steerkit.evaluation.passes import Continued, Sampling, write
+from steerkit.evaluation.passes import Sampling, Writer
 from steerkit.evaluation.report import Arm, Measure, Report
 from steerkit.evaluation.scorers import Scorer, refusal
 from steerkit.hooks import layers_steered, rows_are_samples, samples_steered
-from steerkit.model import Decoder, evaluating, find_decoder
+from steerkit.model import evaluating, find_decoder
 from steerkit.types import Text
 
 Scorers = Mapping[str, Scorer] | Iterable[Scorer] | Scorer
@@ -91,13 +91,15 @@ def evaluate(
     asked = {"refusal": (harmful, "effect"), "over_refusal": (harmless, "damage")}
     sets = {key: (checked_texts(each, key), kind) for key, (each, kind) in asked.items() if each}
     with evaluating(decoder.model):
-        measures, shown, completions = measured(decoder, tokenizer, prompts, by_name, sampling, progress=progress)
+        writer = Writer(decoder, tokenizer, prompts)
+        measures, shown, completions = measured(writer, by_name, sampling, progress=progress)
         if texts:
             measures["collateral"] = damage.collateral(decoder, tokenizer, texts, batch_size)
         if questions:
             measures["task"] = damage.accuracy(decoder, tokenizer, questions, batch_size)
         for key, (each, kind) in sets.items():
-            found, _, _ = measured(decoder, tokenizer, each, {key: refusal}, sampling, panel=False, progress=progress)
+            writer = Writer(decoder, tokenizer, each)
+            found, _, _ = measured(writer, {key: refusal}, sampling, panel=False, progress=progress)
             measures[key] = Measure(
                 found[key].values, found[key].clusters, kind="effect" if kind == "effect" else "damage"
             )
@@ -172,17 +174,15 @@ def _refuse_other_counts(counts: frozenset[int], prompts: int, more: bool) -> No
 
 
 def measured(
-    decoder: Decoder,
-    tokenizer: Any,
-    prompts: Sequence[Text],
+    writer: Writer,
     scorers: Mapping[str, Scorer],
     sampling: Sampling,
     *,
     panel: bool = True,
     progress: bool = False,
 ) -> tuple[dict[str, Measure], list[str], list[str]]:
-    """Return measures of what the model writes, and by row the prompts as text and the completions."""
-    tokens = tokenise(tokenizer, prompts)
+    """Return measures of what somebody writes, and by row the prompts as text and the completions."""
+    decoder, prompts, tokens = writer.decoder, writer.prompts, writer.tokens
     limit = getattr(decoder.model.config, "max_position_embeddings", None)
     longest = max(range(len(tokens)), key=lambda i: len(tokens[i]))
     if limit is not None and len(tokens[longest]) + sampling.max_new_tokens > limit:
@@ -199,11 +199,12 @@ def measured(
         for start in range(0, len(tokens), size):
             part = range(start, min(start + size, len(tokens)))
             with rows_are_samples(decoder.model, part, len(tokens)):
-                written = write(decoder, tokenizer, [tokens[i] for i in part], sampling, start)
+                written = writer.write(part, sampling)
                 if panel:
-                    rows += _panel(decoder, written)
+                    replay = damage.replayed(writer, written, part)
+                    rows += [{**a, **b} for a, b in zip(replay, damage.variety(written), strict=True)]
             completions += [
-                tokenizer.decode(new[real], skip_special_tokens=True)
+                writer.tokenizer.decode(new[real], skip_special_tokens=True)
                 for new, real in zip(written.new, written.real, strict=True)
             ]
             bar.update(len(part))
@@ -213,10 +214,6 @@ def measured(
         measures |= _gathered(rows, clusters)
     texts = [each if isinstance(each, str) else each[-1]["content"] for each in prompts]
     return measures, [texts[i] for i in clusters], completions
-
-
-def _panel(decoder: Decoder, written: Continued) -> list[dict[str, float]]:
-    return [{**a, **b} for a, b in zip(damage.replayed(decoder, written), damage.variety(written), strict=True)]
 
 
 def _gathered(rows: Sequence[Mapping[str, float]], clusters: tuple[int, ...]) -> dict[str, Measure]:
