@@ -14,7 +14,8 @@ ROWS = [
     ["model", "hooks", "storage"],
     ["intervention", "conditions", "activations"],
     ["sites", "fold", "concepts", "preferences", "gapo"],
-    ["controller", "evaluation", "loading"],
+    ["controller", "loading"],
+    ["evaluation"],
     ["plots", "demo", "cli", "integrations"],
 ]
 
@@ -31,8 +32,8 @@ DOORS = {
     "pandas": ["evaluation/report.py"],
     "nnsight": ["integrations/nnsight.py"],
     "vllm": ["integrations/vllm.py"],
-    "typer": ["cli.py"],
-    "rich": ["cli.py"],
+    "typer": ["cli/"],
+    "rich": ["cli/"],
 }
 
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
