@@ -213,14 +213,17 @@ def checked_texts(texts: Sequence[Text], name: str) -> list[Text]:
     return list(texts)
 
 
-def tokenise(tokenizer: Any, texts: Sequence[Text]) -> list[list[int]]:
-    """Return token ids, unpadded; chat messages go through the template once and get no second special tokens."""
+def tokenise(tokenizer: Any, texts: Sequence[Text], *, special: bool = True) -> list[list[int]]:
+    """Return token ids, unpadded; chat messages go through the template once and get no second special tokens.
+
+    Without `special`, plain texts get none either: they continue something.
+    """
     backend: Any = getattr(tokenizer, "_tokenizer", None)
     kept = (getattr(backend, "padding", None), getattr(backend, "truncation", None))
     try:
         tokens = []
         for index, text in enumerate(texts):
-            plain = isinstance(text, str)
+            plain = isinstance(text, str) and special
             rendered = text if isinstance(text, str) else _rendered(tokenizer, text, index)
             ids = tokenizer(rendered, add_special_tokens=plain, padding=False, truncation=False, verbose=False)
             if not ids["input_ids"]:

@@ -320,20 +320,22 @@ class _Generate:
 def rows_are_samples(model: Any, rows: Sequence[int], samples: int) -> Iterator[None]:
     """Within, the prompts of a pass are these of so many samples; for batches that are sorted or split."""
     clock: Clock | None = model.__dict__.get(_CLOCK)
-    if clock is not None:
-        clock.part = Part(rows, samples)
+    if clock is None:
+        yield
+        return
+    before, clock.part = clock.part, Part(rows, samples)
     try:
         yield
     finally:
-        if clock is not None:
-            clock.part = None
+        clock.part = before
 
 
 @contextmanager
 def continuing(model: Any, prompts: Tensor) -> Iterator[None]:
-    """Within, forward passes replay what `generate` wrote after these prompts: their columns come first, `"prompt pos"`.
+    """Within, a forward pass replays what `generate` wrote after these prompts: their columns come first, `"prompt pos"`.
 
-    A replay is one pass without a cache over prompt and continuation; each position is edited as it was in generation.
+    A replay is one pass without a cache over prompt and continuation; each position is edited as it was in generation. Its
+    rows are those of the prompts, or as many for each prompt as there were return sequences.
     """
     clock: Clock | None = model.__dict__.get(_CLOCK)
     if clock is None:
@@ -344,6 +346,11 @@ def continuing(model: Any, prompts: Tensor) -> Iterator[None]:
         yield
     finally:
         clock.generations.pop()
+
+
+def steered(model: Any) -> bool:
+    """Tell whether a Controller is attached to the model."""
+    return _CLOCK in model.__dict__
 
 
 def layers_steered(model: Any) -> frozenset[int]:

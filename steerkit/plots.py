@@ -8,10 +8,12 @@ from torch import Tensor
 
 from steerkit.concepts.concept import Concept
 from steerkit.errors import MissingDependencyError
+from steerkit.evaluation.comparison import Comparison
 from steerkit.gapo.front import Front
 
 _INK, _PALE = "#22313f", "#d9dee3"
 _COLOURS = ("#1b6ca8", "#c8553d", "#588157", "#7b2d8b")
+_MARKS = "osD^vPX"
 
 
 def _figure(width: float, height: float, **kwargs: Any) -> Any:
@@ -134,5 +136,32 @@ def front(found: Front, first: int = 0, second: int = 1) -> Any:
         axes.plot(x, y, "o", color=_COLOURS[0], markerfacecolor="white" if beaten else _COLOURS[0], markersize=6)
         axes.annotate(name, (x, y), textcoords="offset points", xytext=(6, 4), fontsize=8, color=_INK)
     axes.set(xlabel=found.objectives[first], ylabel=found.objectives[second])
+    _tidy(axes)
+    return figure
+
+
+def comparison(found: Comparison) -> Any:
+    """Plot the effect of each method against the KL that it spent, both with 95 % intervals; a method's points are joined."""
+    figure, axes = _figure(8.4, 4.6)
+    effects, spent = found.effects(), found.spent()
+    for place, (method, by_budget) in enumerate(effects.items()):
+        points = sorted((spent[method][budget], effect) for budget, effect in by_budget.items())
+        x, y = ([point[side].value for point in points] for side in (0, 1))
+        errors = [
+            [
+                [max(p[side].value - p[side].low, 0) for p in points],
+                [max(p[side].high - p[side].value, 0) for p in points],
+            ]
+            for side in (0, 1)
+        ]
+        control = method in ("random direction", "shuffled labels")
+        style = {
+            "color": "#8b95a0" if control else _COLOURS[place % len(_COLOURS)],
+            "marker": _MARKS[place % len(_MARKS)],
+        }
+        axes.errorbar(x, y, errors[1], errors[0], label=method, markersize=5, linewidth=1.1, capsize=2, **style)
+    axes.axhline(0, color=_PALE, linewidth=1, zorder=0)
+    axes.set(xlabel="KL from the unsteered model, nats a token", ylabel=f"{found.goal}, against unsteered")
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     _tidy(axes)
     return figure

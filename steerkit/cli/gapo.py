@@ -7,8 +7,19 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from steerkit.cli.shared import JsonOption, ModelOption, app, command, err, figure, loaded_model, out, texts_of
-from steerkit.errors import SteerkitError, TextsError
+from steerkit.cli.shared import (
+    JsonOption,
+    ModelOption,
+    app,
+    command,
+    err,
+    figure,
+    function_at,
+    loaded_model,
+    out,
+    texts_of,
+)
+from steerkit.errors import ObjectiveError, SteerkitError, TextsError
 
 
 @app.command()
@@ -48,7 +59,7 @@ def gapo(
     from steerkit.gapo import runs
     from steerkit.gapo.trainer import GAPOConfig
 
-    functions = [runs.reward_function(name) for name in reward]
+    functions = [function_at(name, "reward", ObjectiveError) for name in reward]
     try:
         shares = None if preference is None else [float(share) for share in preference.split(",")]
     except ValueError as error:

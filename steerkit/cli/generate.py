@@ -15,17 +15,15 @@ from steerkit.cli.shared import (
     artefact_at,
     command,
     err,
+    intervention,
     loaded_model,
     out,
     path_of,
     request,
 )
-from steerkit.errors import ArtefactError
 
 if TYPE_CHECKING:
-    from steerkit.concepts.concept import Concept
     from steerkit.intervention import Intervention
-    from steerkit.preferences.vector import PreferenceVector
 
 
 @app.command()
@@ -74,7 +72,7 @@ def generate(
     interventions: list[Intervention] = []
     for kind, name, amount in requests:
         taken = {each.name for each in interventions}
-        interventions.append(_intervention(files[name], kind, amount, taken))
+        interventions.append(intervention(files[name], kind, amount, taken))
     control = Controller(loaded, interventions, record_magnitudes=True) if interventions else None
     texts: list[Any] = [[{"role": "user", "content": p}] for p in prompts] if chat else list(prompts)
     tokens = tokenise(tokenizer, texts)
@@ -117,24 +115,3 @@ def _print_generations(
     for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         table.add_row(prompt, answer.strip(), *(f"{dose[i]:.2f}" for dose in doses.values()))
     out.print(table, markup=False)
-
-
-def _intervention(source: "Concept | PreferenceVector", kind: str, amount: Any, taken: set[str]) -> "Intervention":
-    from steerkit.concepts.concept import Concept
-
-    # Two requests may name one concept (a band); keys within a Controller must differ.
-    name = source.name
-    while name in taken:
-        name = f"{name}_{kind}"
-    if kind == "add":
-        return source.add(amount, name=name)
-    if not isinstance(source, Concept):
-        option = kind.replace("_", "-")
-        raise ArtefactError(
-            f"`--{option}` takes a concept. Found the preference vector {source.name!r}. Use --add {source.name}=1."
-        )
-    concept = source
-    if kind == "erase":
-        return concept.erase(name=name)
-    bound = {kind: amount}
-    return concept.constrain(**bound, name=name)

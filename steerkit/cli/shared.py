@@ -1,6 +1,9 @@
 """What every command needs: the application, the terminal, options, errors as one line, files by name."""
 
+import importlib
 import json
+import os
+import sys
 from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
@@ -13,6 +16,7 @@ from steerkit.errors import ArtefactError, SteerkitError, TextsError, Unsupporte
 
 if TYPE_CHECKING:
     from steerkit.concepts.concept import Concept
+    from steerkit.intervention import Intervention
     from steerkit.preferences.vector import PreferenceVector
 
 app = typer.Typer(
@@ -157,3 +161,41 @@ def vector_at(path: Path) -> "PreferenceVector":
 def figure(figures: Mapping[str, Any], name: str) -> str:
     """Return a figure as text, nothing if there is none."""
     return f"{figures[name]:.3f}" if isinstance(figures.get(name), float) else ""
+
+
+def intervention(source: "Concept | PreferenceVector", kind: str, amount: Any, taken: set[str]) -> "Intervention":
+    """Return what an option asks of a file."""
+    from steerkit.concepts.concept import Concept
+
+    # Two requests may name one concept (a band); keys within a Controller must differ.
+    name = source.name
+    while name in taken:
+        name = f"{name}_{kind}"
+    if kind == "add":
+        return source.add(amount, name=name)
+    if not isinstance(source, Concept):
+        option = kind.replace("_", "-")
+        raise ArtefactError(
+            f"`--{option}` takes a concept. Found the preference vector {source.name!r}. Use --add {source.name}=1."
+        )
+    concept = source
+    if kind == "erase":
+        return concept.erase(name=name)
+    bound = {kind: amount}
+    return concept.constrain(**bound, name=name)
+
+
+def function_at(name: str, what: str, error: type[SteerkitError]) -> Callable[..., Any]:
+    """Return the function that `module:function` names; modules of the working directory are found too."""
+    module, colon, function = name.partition(":")
+    if not (module and colon and function):
+        raise error(f"A {what} is named as module:function. Found {name!r}. Write it like {what}s:politeness.")
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as why:
+        raise error(f"The {what} {name!r} must be importable. Found: {why}. Check the names.") from why
+    if not callable(found):
+        raise error(f"A {what} must be a function. Found that {name!r} is {type(found).__name__}.")
+    return found

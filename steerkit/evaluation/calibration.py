@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from steerkit.controller import Controller
 from steerkit.errors import AmountError, CalibrationError, SteerkitWarning
 from steerkit.evaluation import scorers as ready
 from steerkit.evaluation.passes import Writer
-from steerkit.evaluation.report import Estimate, Measure
+from steerkit.evaluation.report import Estimate, Measure, markdown
 from steerkit.evaluation.run import checked_sampling, measured, named
 from steerkit.evaluation.scorers import Scorer
 from steerkit.hooks import unsteered
@@ -35,7 +36,7 @@ _REACH = 0.5
 class Dose:
     """One amount that was tried, and what it did."""
 
-    amount: Amount
+    amount: Any
     """Ready for `Controller.using`."""
     place: float
     """Where between the least (0) and the most (1) it lies."""
@@ -65,7 +66,7 @@ class Calibration:
     goal: str
 
     @property
-    def amount(self) -> Amount:
+    def amount(self) -> Any:
         """The amount that was found."""
         return self.chosen.amount
 
@@ -73,11 +74,16 @@ class Calibration:
         """Return the dose-response curve as a Markdown table; a star marks what was chosen."""
         scored = self.chosen.score is not None
         head = ["amount", *(["score"] if scored else []), "KL a token", "90th percentile", "displacement", ""]
-        lines = [head, ["---"] * len(head)]
-        for dose in self.curve:
-            figures = [*([dose.score] if scored else []), dose.kl, dose.kl_p90, dose.dose]
-            lines.append([_shown(dose.amount), *map(str, figures), "*" if dose is self.chosen else ""])
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        rows = [
+            [
+                _shown(dose.amount),
+                *([str(dose.score)] if scored else []),
+                *map(str, (dose.kl, dose.kl_p90, dose.dose)),
+                "*" if dose is self.chosen else "",
+            ]
+            for dose in self.curve
+        ]
+        return markdown(head, rows)
 
 
 def calibrate(
@@ -111,7 +117,7 @@ def calibrate(
         scorer: a function `(prompts, completions) -> scores`, or a concept, whose probe then reads the text; with `target`.
         target: the mean score to reach.
         budget: the largest mean KL a token from the unsteered model, in nats.
-        between: least and largest amount to try; by default up to half the residual norm, a magnitude of 2 for a
+        between: least and largest amount to try, of one sign (by layer: of the largest); by default up to half the residual norm, a magnitude of 2 for a
             preference vector, and bounds from .01 to 1 - 1e-6 (or .99 to 1e-6).
         trials: most amounts to try.
         max_new_tokens: tokens a continuation.
@@ -136,8 +142,10 @@ def calibrate(
         scorer = ready.probe(scorer, model, tokenizer)
     by_name = {} if scorer is None else named({"score": scorer})
     decoder = find_decoder(model)
-    search = Search(intervention.name, dial(model, tokenizer, prompts, intervention, between), trials)
     writer = Writer(decoder, tokenizer, prompts)
+    writer.refuse_long(max_new_tokens)
+    amounts = dial(model, tokenizer, prompts, intervention, between)
+    search = Search(intervention.name, amounts, trials)
     with evaluating(decoder.model):
         plain = None if budget is not None else measured(writer, by_name, sampling)[0]["score"]
         with Controller(model, [intervention]) as control:
@@ -160,10 +168,9 @@ def _check_goal(scorer: Any, target: float | None, budget: float | None, trials:
             "One goal is required: a `target` with its `scorer`, or a `budget`. Found "
             f"target={target}, budget={budget}, scorer={'none' if scorer is None else 'one'}."
         )
-    if not math.isfinite(target if budget is None else budget) or (budget is not None and budget <= 0):  # type: ignore[arg-type]
-        raise AmountError(
-            f"A budget must be positive and a target finite. Found {target if budget is None else budget}."
-        )
+    goal = target if budget is None else budget
+    if not isinstance(goal, Real) or not math.isfinite(goal) or (budget is not None and budget <= 0):
+        raise AmountError(f"A budget must be a positive number and a target a finite one. Found {goal!r}.")
     if not isinstance(trials, int) or trials < 3:
         raise AmountError(f"A search needs 3 trials or more. Found {trials!r}.")
 
@@ -171,7 +178,7 @@ def _check_goal(scorer: Any, target: float | None, budget: float | None, trials:
 _LADDER = (0.25, 0.5, 1.0)
 """Places that are tried until one is enough."""
 
-Dial = Callable[[float], Amount]
+Dial = Callable[[float], Any]
 
 
 def dial(
@@ -196,15 +203,20 @@ def dial(
         raise AmountError(
             f"One amount for all samples is calibrated. Found {own.samples} for {intervention.name!r}. Pass a number."
         )
-    if between is not None and (len(between) != 2 or not all(map(math.isfinite, between)) or between[0] == between[1]):
-        raise AmountError(f"`between` must be two different numbers, the least first. Found {between}.")
+    intervention.check(find_decoder(model))
+    by_layer = bool((own.values != own.values[0, 0]).any())
+    if between is not None:
+        between = _checked_range(between, isinstance(intervention, Constraint))
     if isinstance(intervention, Constraint):
+        if by_layer:
+            raise AmountError(
+                f"One bound for all layers is calibrated. Found one by layer for {intervention.name!r}. Pass a number."
+            )
         far = (0.01, 1 - 1e-6) if intervention.sense > 0 else (0.99, 1e-6)
         low, high = (float(intervention.read(p).values[0, 0]) for p in between or far)
         return lambda t: float(torch.sigmoid(torch.tensor(low + t * (high - low), dtype=torch.float64)))
     shape = own.values[0] / own.values.abs().max() if bool(own.values.any()) else torch.ones_like(own.values[0])
     sign = float(shape[shape.abs().argmax()].sign())
-    by_layer = bool((shape != shape[0]).any())
     if between is None:
         most = 2.0
         if isinstance(intervention, Addition):
@@ -212,6 +224,11 @@ def dial(
                 states = record(model, tokenizer, prompts[:64], layers=intervention.layers)
             most = _REACH * min(float(states[layer].norm(dim=-1).mean()) for layer in intervention.layers)
         between = (0.0, most if by_layer else sign * most)
+    elif not by_layer and bool(own.values.any()) and sum(between) * sign < 0:
+        raise AmountError(
+            f"`between` must have the sign of the intervention's own amount. Found {between} for {float(own.values[0, 0]):g}. "
+            "Turn one of them."
+        )
     low, high = between
 
     def amount(t: float) -> Amount:
@@ -223,10 +240,20 @@ def dial(
     return amount
 
 
+def _checked_range(between: Any, bound: bool) -> tuple[float, float]:
+    fine = isinstance(between, tuple | list) and len(between) == 2
+    fine = fine and all(isinstance(end, Real) and not isinstance(end, bool) and math.isfinite(end) for end in between)
+    fine = fine and between[0] != between[1] and between[0] * between[1] >= 0
+    if not fine or (bound and not all(0 < end < 1 for end in between)):
+        what = "probabilities inside (0, 1)" if bound else "numbers of one sign"
+        raise AmountError(f"`between` must be two different {what}, the least first. Found {between!r}.")
+    return float(between[0]), float(between[1])
+
+
 class Search:
     """Amounts tried so far, by their place on the dial; one search serves several goals."""
 
-    measure: Callable[[Amount], Mapping[str, Measure]]
+    measure: Callable[[Any], Mapping[str, Measure]]
     """What an amount does; set before the first goal."""
 
     def __init__(self, name: str, amount: Dial, trials: int) -> None:
@@ -306,7 +333,7 @@ class Search:
             found = {place: excess(dose) for place, dose in sorted(self.tried.items())}
             enough = [place for place, over in found.items() if over >= 0]
             if any(map(done, self.tried.values())):
-                break
+                return True
             if not enough:
                 further = [place for place in _LADDER if place > max(found, default=0.0)]
                 if not further:
@@ -346,7 +373,7 @@ class Search:
         return Calibration(chosen, curve, not falls, goal)
 
 
-def _shown(amount: Amount) -> str:
+def _shown(amount: Any) -> str:
     if isinstance(amount, Mapping):
-        return "{" + ", ".join(f"{layer}: {float(size):.3g}" for layer, size in amount.items()) + "}"  # type: ignore[arg-type]
-    return f"{float(amount):.4g}"  # type: ignore[arg-type]
+        return "{" + ", ".join(f"{key}: {_shown(size)}" for key, size in amount.items()) + "}"
+    return f"{float(amount):.4g}"

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch.nn.functional as F
 
-from steerkit.activations import tokenise
+from steerkit.activations import checked_texts, tokenise
 from steerkit.errors import TextsError
-from steerkit.evaluation.passes import Continued, Writer, device_of, read
-from steerkit.evaluation.report import Measure
+from steerkit.evaluation.passes import Continued, Writer, device_of, read, refuse_long
+from steerkit.evaluation.report import Measure, digest
 from steerkit.hooks import layers_steered, unsteered
 from steerkit.model import Decoder
 
@@ -81,61 +81,83 @@ def task_questions() -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def collateral(decoder: Decoder, tokenizer: Any, texts: Sequence[str], batch_size: int) -> Measure:
-    """Return KL(steered || unsteered) on given texts, their first token the prompt: what is changed that need not be."""
-    writer = Writer(decoder, tokenizer, texts)
-    tokens = writer.tokens
-    short = next((index for index, ids in enumerate(tokens) if len(ids) < 2), None)
-    if short is not None:
-        raise TextsError(f"A neutral text needs two tokens. Found fewer in text {short}. Leave it out.", index=short)
-    values = []
-    for start in range(0, len(tokens), batch_size):
-        part = tokens[start : start + batch_size]
-        rows = Continued.of([ids[:1] for ids in part], [ids[1:] for ids in part], device_of(decoder))
-        values += [row["kl"] for row in replayed(writer, rows, range(start, start + len(part)))]
-    weights = tuple(float(len(ids) - 1) for ids in tokens)
-    return Measure(tuple(values), tuple(range(len(values))), weights, "damage")
-
-
-def checked_questions(task: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return questions once each of them is known to be one.
+class Neutral:
+    """Texts that a concept has nothing to do with; what is changed of them need not be.
 
     Raises:
-        TextsError: one that is not.
+        TextsError: no plain text, one of fewer than two tokens, or longer than the model takes.
     """
-    for index, one in enumerate(task):
-        options = one.get("options") if isinstance(one, Mapping) else None
-        fine = (
-            isinstance(options, Sequence)
-            and len(options) > 1
-            and all(isinstance(text, str) and text for text in (one.get("question"), *options))
-            and isinstance(one.get("answer"), int)
-            and 0 <= one["answer"] < len(options)
-        )
-        if not fine:
+
+    def __init__(self, decoder: Decoder, tokenizer: Any, texts: Sequence[str]) -> None:
+        if any(not isinstance(text, str) for text in checked_texts(texts, "neutral")):
+            raise TextsError("Neutral texts must be strings. Found a conversation. Pass plain text.")
+        self._writer = Writer(decoder, tokenizer, texts)
+        self._writer.refuse_long(0)
+        short = next((index for index, ids in enumerate(self._writer.tokens) if len(ids) < 2), None)
+        if short is not None:
             raise TextsError(
-                "A question needs `question`, two or more `options` and the index of its `answer`. Found "
-                f"{one!r:.60} at {index}. Write it like task_questions().",
-                index=index,
+                f"A neutral text needs two tokens. Found fewer in text {short}. Leave it out.", index=short
             )
-    return list(task)
+
+    def measure(self, batch_size: int) -> Measure:
+        """Return KL(steered || unsteered) of each text, its first token the prompt."""
+        tokens, values = self._writer.tokens, []
+        for start in range(0, len(tokens), batch_size):
+            part = tokens[start : start + batch_size]
+            rows = Continued.of([ids[:1] for ids in part], [ids[1:] for ids in part], device_of(self._writer.decoder))
+            values += [row["kl"] for row in replayed(self._writer, rows, range(start, start + len(part)))]
+        weights = tuple(float(len(ids) - 1) for ids in tokens)
+        return Measure(tuple(values), tuple(range(len(values))), weights, "damage", source=digest(self._writer.prompts))
 
 
-def accuracy(decoder: Decoder, tokenizer: Any, task: Sequence[Mapping[str, Any]], batch_size: int) -> Measure:
-    """Return the share of questions whose answer is the likeliest option, by the mean log-probability of its tokens."""
-    prompts = tokenise(tokenizer, [one["question"] for one in task])
-    likelihoods: list[float] = []
-    cells = [(index, option) for index, one in enumerate(task) for option in one["options"]]
-    for start in range(0, len(cells), batch_size):
-        part = cells[start : start + batch_size]
-        options = [tokenizer(option, add_special_tokens=False, verbose=False)["input_ids"] for _, option in part]
-        rows = Continued.of([prompts[index] for index, _ in part], options, device_of(decoder))
-        logits, _ = read(decoder, rows)
-        chosen = F.log_softmax(logits.float(), dim=-1).gather(-1, rows.new[..., None])[..., 0]
-        likelihoods += ((chosen * rows.real).sum(dim=-1) / rows.real.sum(dim=-1)).tolist()
-    right, place = [], 0
-    for one in task:
-        here = likelihoods[place : place + len(one["options"])]
-        place += len(here)
-        right.append(float(here.index(max(here)) == one["answer"]))
-    return Measure(tuple(right), tuple(range(len(right))), kind="damage")
+class Questions:
+    """Easy questions that a model should still answer, `{"question": text, "options": texts, "answer": index}`.
+
+    Raises:
+        TextsError: one that is no question, has an option without tokens, or is longer than the model takes.
+    """
+
+    def __init__(self, decoder: Decoder, tokenizer: Any, task: Sequence[Mapping[str, Any]]) -> None:
+        for index, one in enumerate(task):
+            _check_question(one, index)
+        self._task = list(task)
+        self._decoder = decoder
+        self._cells = [(index, option) for index, one in enumerate(task) for option in one["options"]]
+        prompts = tokenise(tokenizer, [one["question"] for one in task])
+        self._prompts = [prompts[index] for index, _ in self._cells]
+        self._options = tokenise(tokenizer, [option for _, option in self._cells], special=False)
+        refuse_long(decoder, [len(p) + len(o) for p, o in zip(self._prompts, self._options)], "Question and option")
+
+    def measure(self, batch_size: int) -> Measure:
+        """Return for each question whether the answer is the likeliest option, by the mean log-probability of its tokens."""
+        likelihoods: list[float] = []
+        for start in range(0, len(self._cells), batch_size):
+            here = slice(start, start + batch_size)
+            rows = Continued.of(self._prompts[here], self._options[here], device_of(self._decoder))
+            logits, _ = read(self._decoder, rows)
+            chosen = F.log_softmax(logits.float(), dim=-1).gather(-1, rows.new[..., None])[..., 0]
+            likelihoods += ((chosen * rows.real).sum(dim=-1) / rows.real.sum(dim=-1)).tolist()
+        right, place = [], 0
+        for one in self._task:
+            of_options = likelihoods[place : place + len(one["options"])]
+            place += len(of_options)
+            right.append(float(of_options.index(max(of_options)) == one["answer"]))
+        source = digest([json.dumps(dict(one), sort_keys=True) for one in self._task])
+        return Measure(tuple(right), tuple(range(len(right))), kind="damage", source=source)
+
+
+def _check_question(one: Any, index: int) -> None:
+    options = one.get("options") if isinstance(one, Mapping) else None
+    fine = (
+        isinstance(options, Sequence)
+        and len(options) > 1
+        and all(isinstance(text, str) and text for text in (one.get("question"), *options))
+        and isinstance(one.get("answer"), int)
+        and 0 <= one["answer"] < len(options)
+    )
+    if not fine:
+        raise TextsError(
+            "A question needs `question`, two or more `options` and the index of its `answer`. Found "
+            f"{one!r:.60} at {index}. Write it like task_questions().",
+            index=index,
+        )

@@ -6,7 +6,8 @@ the distributions it gives are those that the tokens were drawn from.
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from steerkit.activations import tokenise
+from steerkit.errors import TextsError
 from steerkit.hooks import continuing
 from steerkit.model import Decoder
 from steerkit.types import Text
@@ -44,6 +46,8 @@ class Continued:
     """`"row pos"`: real tokens."""
     width: int
     """Columns of the prompts."""
+    each: int = 1
+    """Rows of one prompt, one after the other."""
 
     @classmethod
     def of(cls, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]], device: Any) -> "Continued":
@@ -76,6 +80,14 @@ class Writer:
         self.tokenizer = tokenizer
         self.prompts = prompts
         self.tokens = tokenise(tokenizer, prompts)
+
+    def refuse_long(self, new: int) -> None:
+        """Raise if a prompt and what follows it are longer than the model takes.
+
+        Raises:
+            TextsError: one is.
+        """
+        refuse_long(self.decoder, [len(ids) + new for ids in self.tokens], "Prompt and completion")
 
     def write(self, part: Sequence[int], sampling: Sampling) -> Continued:
         """Continue a part of the prompts; the caller's random numbers stay where they are."""
@@ -112,8 +124,8 @@ class Writer:
             pad_token_id=pad if pad is not None else (ends or [0])[0],
             bos_token_id=getattr(own, "bos_token_id", None),
         )
-        devices = [self._device] if self._device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
+        everywhere = range(torch.cuda.device_count())
+        with torch.random.fork_rng(devices=everywhere), torch.no_grad(), _configured(model, config):
             torch.manual_seed(sampling.seed * 1_000_003 + part[0])
             ids = model.generate(start.ids, attention_mask=start.mask, generation_config=config, **more)
         new = ids[:, start.width :]
@@ -122,7 +134,18 @@ class Writer:
         )
         real = (ended.cumsum(dim=1) - ended.long()) == 0
         mask = start.mask.repeat_interleave(sampling.samples, dim=0)
-        return Continued(ids, torch.cat([mask, real.long()], dim=1), start.width)
+        return Continued(ids, torch.cat([mask, real.long()], dim=1), start.width, sampling.samples)
+
+
+@contextmanager
+def _configured(model: Any, config: GenerationConfig) -> Iterator[None]:
+    """Within, the model has no settings of its own: `generate` would fill in whatever ours leave open."""
+    own = model.__dict__.get("generation_config")
+    model.generation_config = config
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 class Prompted(Writer):
@@ -135,6 +158,10 @@ class Prompted(Writer):
         self.share = share
         self.instructed = tokenise(tokenizer, [instructed(prompt, instruction) for prompt in prompts])
 
+    def refuse_long(self, new: int) -> None:
+        super().refuse_long(new)
+        refuse_long(self.decoder, [len(ids) + new for ids in self.instructed], "Instruction, prompt and completion")
+
     def write(self, part: Sequence[int], sampling: Sampling) -> Continued:
         here = [i for i in part for _ in range(sampling.samples)]
         start = Continued.of([self.instructed[i] for i in here], [[]] * len(here), self._device)
@@ -142,15 +169,13 @@ class Prompted(Writer):
         blend = LogitsProcessorList([_Blend(self.decoder, plain, self.share)])
         rows = self._generate(start, part, replace(sampling, samples=1), logits_processor=blend)
         ids = torch.cat([plain.ids, rows.new], dim=1)
-        return Continued(ids, torch.cat([plain.mask, rows.real.long()], dim=1), plain.width)
+        return Continued(ids, torch.cat([plain.mask, rows.real.long()], dim=1), plain.width, sampling.samples)
 
     def read(self, rows: Continued, part: Sequence[int], layer: int | None = None) -> tuple[Tensor, Tensor | None]:
-        each = len(rows.ids) // len(part)
-        prompts = [self.instructed[i] for i in part for _ in range(each)]
+        prompts = [self.instructed[i] for i in part for _ in range(rows.each)]
         start = Continued.of(prompts, [[]] * len(prompts), self._device)
-        longer = Continued(
-            torch.cat([start.ids, rows.new], dim=1), torch.cat([start.mask, rows.real.long()], dim=1), start.width
-        )
+        ids, mask = torch.cat([start.ids, rows.new], dim=1), torch.cat([start.mask, rows.real.long()], dim=1)
+        longer = Continued(ids, mask, start.width, rows.each)
         there, states = read(self.decoder, longer, layer)
         here, _ = read(self.decoder, rows)
         return blended(here, there, self.share), states
@@ -170,7 +195,7 @@ class BestOf(Writer):
         prompts = [self.prompts[i] for i in part for _ in range(self.count * sampling.samples)]
         scores = torch.tensor([float(score) for score in self.chooser(prompts, texts)])
         best = scores.view(-1, self.count).argmax(dim=1) + torch.arange(0, len(scores), self.count)
-        return Continued(rows.ids[best], rows.mask[best], rows.width)
+        return Continued(rows.ids[best], rows.mask[best], rows.width, sampling.samples)
 
     @property
     def divergence(self) -> float:
@@ -217,6 +242,21 @@ class _Blend(LogitsProcessor):
         return blended(out.logits[:, -1], scores, self._share)
 
 
+def refuse_long(decoder: Decoder, lengths: Sequence[int], what: str) -> None:
+    """Raise if a text is longer than the model takes.
+
+    Raises:
+        TextsError: one is.
+    """
+    limit = getattr(decoder.model.config, "max_position_embeddings", None)
+    longest = max(range(len(lengths)), key=lengths.__getitem__)
+    if limit is not None and lengths[longest] > limit:
+        raise TextsError(
+            f"{what} may have {limit} tokens on this model. Found {lengths[longest]} at {longest}. Shorten it.",
+            index=longest,
+        )
+
+
 def device_of(decoder: Decoder) -> torch.device:
     """Return where a model takes its tokens."""
     weight: Tensor = decoder.model.get_input_embeddings().weight
@@ -247,7 +287,7 @@ def read(decoder: Decoder, rows: Continued, layer: int | None = None) -> tuple[T
             lambda module, args, output: kept.append(output if isinstance(output, Tensor) else output[0])
         )
     try:
-        with continuing(model, rows.mask[:, : rows.width]):
+        with continuing(model, rows.mask[:: rows.each, : rows.width]):
             logits = model(input_ids=rows.ids, attention_mask=rows.mask, **given).logits
     finally:
         if handle is not None:

@@ -4,6 +4,7 @@ Rows of one prompt are not independent, so intervals resample prompts (clusters)
 same prompts, so that they are compared prompt by prompt.
 """
 
+import hashlib
 import html
 import json
 import math
@@ -11,14 +12,18 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
 from steerkit import storage
 from steerkit.errors import ArtefactError, MissingDependencyError, ReportError
+from steerkit.types import Text
 
 _ROUNDS = 2000
+
+_Kind = Literal["effect", "damage"]
+_Shown = Literal["mean", "exp", "p90"]
 
 
 class Estimate(NamedTuple):
@@ -43,17 +48,23 @@ class Measure:
     clusters: tuple[int, ...] = field(repr=False)
     """Which prompt, question or text each row belongs to."""
     weights: tuple[float, ...] = field(default=(), repr=False)
-    kind: Literal["effect", "damage"] = "effect"
-    shown: Literal["mean", "exp", "p90"] = "mean"
+    kind: _Kind = "effect"
+    shown: _Shown = "mean"
     """`exp`: the mean is of logarithms, and shown as a ratio (perplexity). `p90`: the 90th percentile over rows."""
+    source: str = field(default="", repr=False)
+    """Digest of what the clusters stand for: measures of other texts cannot be compared."""
 
     def __post_init__(self) -> None:
         counts = {len(self.values), len(self.clusters), len(self.weights) or len(self.values)}
-        if len(counts) != 1 or not self.values or not all(map(math.isfinite, (*self.values, *self.weights))):
+        numbers = all(_number(value) for value in (*self.values, *self.weights))
+        whole = all(isinstance(each, int) and not isinstance(each, bool) for each in self.clusters)
+        if len(counts) != 1 or not self.values or not numbers or not whole or any(w <= 0 for w in self.weights):
             raise ReportError(
-                f"A measure needs one finite value, cluster and weight for every row. Found {len(self.values)} values, "
-                f"{len(self.clusters)} clusters, {len(self.weights)} weights."
+                "A measure needs a finite value, a cluster's number and a positive weight for every row. Found "
+                f"{len(self.values)} values, {len(self.clusters)} clusters, {len(self.weights)} weights."
             )
+        if self.kind not in get_args(_Kind) or self.shown not in get_args(_Shown):
+            raise ReportError(f"A measure's kind and form are known words. Found {self.kind!r} and {self.shown!r}.")
 
     def __len__(self) -> int:
         return len(self.values)
@@ -69,7 +80,7 @@ class Measure:
         Raises:
             ReportError: measures of other prompts.
         """
-        if self._names != other._names or self.shown != other.shown:
+        if self._names != other._names or (self.shown, self.source) != (other.shown, other.source):
             raise ReportError(
                 f"Measures are compared prompt by prompt. Found {len(self._names)} and {len(other._names)} prompts, which are "
                 "not the same. Evaluate both on one list of prompts."
@@ -78,7 +89,7 @@ class Measure:
         return self._interval(self._means(None) - other._means(None), self._means(picks) - other._means(picks))
 
     def _interval(self, value: Any, draws: Any) -> Estimate:
-        change = math.exp if self.shown == "exp" else float
+        change = _ratio if self.shown == "exp" else float
         if len(self._names) == 1:
             return Estimate(change(value[0]), math.nan, math.nan)
         low, high = np.quantile(draws, [0.025, 0.975])
@@ -105,6 +116,23 @@ class Measure:
         sums = np.bincount(place, weights * values, count)[picks].sum(axis=1)
         totals = np.bincount(place, weights, count)[picks].sum(axis=1)
         return sums / totals
+
+
+def _number(value: Any) -> bool:
+    try:
+        return not isinstance(value, bool) and math.isfinite(value)
+    except (TypeError, OverflowError):
+        return False
+
+
+def _ratio(logarithm: float) -> float:
+    return math.exp(logarithm) if logarithm < 700 else math.inf
+
+
+def digest(texts: Sequence[Text]) -> str:
+    """Return what tells one list of texts from another."""
+    plain = [text if isinstance(text, str) else [dict(message) for message in text] for text in texts]
+    return hashlib.sha256(json.dumps(plain, default=str).encode()).hexdigest()[:16]
 
 
 def _picks(clusters: int) -> Any:
@@ -239,22 +267,11 @@ class Report:
             found = json.loads(text)
             if found["steerkit"] != "report":
                 raise KeyError("steerkit")
-            arms = {
-                str(name): Arm(
-                    {
-                        str(key): Measure(
-                            **{**m, **{part: tuple(m[part]) for part in ("values", "clusters", "weights")}}
-                        )
-                        for key, m in arm["measures"].items()
-                    },
-                    tuple(arm["prompts"]),
-                    tuple(arm["completions"]),
-                    dict(arm["settings"]),
-                )
-                for name, arm in found["arms"].items()
-            }
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            arms = {str(name): _arm(arm) for name, arm in found["arms"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             raise ArtefactError(f"A report's JSON is required. Found something else ({error!r:.80}).") from error
+        if not arms:
+            raise ArtefactError("A report's JSON holds arms. Found none.")
         return cls(arms)
 
     def to_pandas(self) -> Any:
@@ -309,6 +326,18 @@ border-bottom: 1px solid #d9dee3; vertical-align: top; font-variant-numeric: tab
 """
 
 
+def _arm(stored: Mapping[str, Any]) -> Arm:
+    """Return an arm from a file's entry."""
+    parts = ("values", "clusters", "weights")
+    measures = {
+        key: Measure(**{**m, **{part: tuple(m[part]) for part in parts}}) for key, m in stored["measures"].items()
+    }
+    prompts, completions = (tuple(stored[key]) for key in ("prompts", "completions"))
+    if not measures or len(prompts) != len(completions) or not all(isinstance(t, str) for t in prompts + completions):
+        raise ValueError("an arm without measures, or texts that are none")
+    return Arm(measures, prompts, completions, dict(stored["settings"]))
+
+
 def _lines(figures: Mapping[str, Mapping[str, Estimate]], measures: Sequence[str]) -> list[list[str]]:
     shown = [m for m in measures if any(m in arm for arm in figures.values())]
     return [["arm", *shown]] + [
@@ -316,9 +345,16 @@ def _lines(figures: Mapping[str, Mapping[str, Estimate]], measures: Sequence[str
     ]
 
 
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = (head, ["---"] * len(head), *rows)
+    cells = [[" ".join(cell.replace("|", "\\|").split()) for cell in line] for line in lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
+
+
 def _markdown(figures: Mapping[str, Mapping[str, Estimate]], measures: Sequence[str]) -> str:
     head, *rows = _lines(figures, measures)
-    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows))
+    return markdown(head, rows)
 
 
 def _html(figures: Mapping[str, Mapping[str, Estimate]], measures: Sequence[str]) -> str:

@@ -2,24 +2,27 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from steerkit.activations import checked_texts
-from steerkit.errors import AmountError, SamplesError, ScorerError, TextsError
+from steerkit.errors import AmountError, SamplesError, ScorerError
 from steerkit.evaluation import damage
 from steerkit.evaluation.passes import Sampling, Writer
-from steerkit.evaluation.report import Arm, Measure, Report
+from steerkit.evaluation.report import Arm, Measure, Report, digest
 from steerkit.evaluation.scorers import Scorer, refusal
-from steerkit.hooks import layers_steered, rows_are_samples, samples_steered
+from steerkit.hooks import rows_are_samples, samples_steered, steered
 from steerkit.model import evaluating, find_decoder
 from steerkit.types import Text
 
 Scorers = Mapping[str, Scorer] | Iterable[Scorer] | Scorer
 
-PANEL = ("kl", "kl_p90", "perplexity", "entropy", "repetition", "distinct_2", "length", "displacement")
+TAKEN = (
+    "kl", "kl_p90", "perplexity", "entropy", "repetition", "distinct_2", "length", "displacement", "collateral", "task",
+)  # fmt: skip
+"""What the panel measures, so that no scorer may be called so."""
 
 
 def evaluate(
@@ -84,26 +87,29 @@ def evaluate(
     decoder = find_decoder(model)
     counts = samples_steered(decoder.model)
     _refuse_other_counts(counts, len(prompts), bool(neutral or task or harmful or harmless))
-    texts = [] if counts and neutral is None else checked_neutral(neutral)
-    questions = (
-        [] if counts and task is None else damage.checked_questions(damage.task_questions() if task is None else task)
-    )
-    asked = {"refusal": (harmful, "effect"), "over_refusal": (harmless, "damage")}
-    sets = {key: (checked_texts(each, key), kind) for key, (each, kind) in asked.items() if each}
+    neutral = (() if counts else damage.neutral_texts()) if neutral is None else neutral
+    task = (() if counts else damage.task_questions()) if task is None else task
+    writer = Writer(decoder, tokenizer, prompts)
+    asked = {
+        key: Writer(decoder, tokenizer, checked_texts(each, word))
+        for key, word, each in (("refusal", "harmful", harmful), ("over_refusal", "harmless", harmless))
+        if each
+    }
+    _refuse_names(by_name, asked)
+    for each in (writer, *asked.values()):
+        each.refuse_long(max_new_tokens)
+    texts = damage.Neutral(decoder, tokenizer, neutral) if neutral else None
+    questions = damage.Questions(decoder, tokenizer, task) if task else None
     with evaluating(decoder.model):
-        writer = Writer(decoder, tokenizer, prompts)
         measures, shown, completions = measured(writer, by_name, sampling, progress=progress)
-        if texts:
-            measures["collateral"] = damage.collateral(decoder, tokenizer, texts, batch_size)
-        if questions:
-            measures["task"] = damage.accuracy(decoder, tokenizer, questions, batch_size)
-        for key, (each, kind) in sets.items():
-            writer = Writer(decoder, tokenizer, each)
-            found, _, _ = measured(writer, {key: refusal}, sampling, panel=False, progress=progress)
-            measures[key] = Measure(
-                found[key].values, found[key].clusters, kind="effect" if kind == "effect" else "damage"
-            )
-    name = name or ("steered" if layers_steered(decoder.model) else "unsteered")
+        if texts is not None:
+            measures["collateral"] = texts.measure(batch_size)
+        if questions is not None:
+            measures["task"] = questions.measure(batch_size)
+        for key, one in asked.items():
+            found, _, _ = measured(one, {key: refusal}, sampling, panel=False, progress=progress)
+            measures[key] = replace(found[key], kind="effect" if key == "refusal" else "damage")
+    name = name or ("steered" if steered(decoder.model) else "unsteered")
     return Report({name: Arm(measures, tuple(shown), tuple(completions), asdict(sampling))})
 
 
@@ -119,14 +125,23 @@ def named(scorers: Scorers) -> dict[str, Scorer]:
         functions: list[Any] = [scorers] if callable(scorers) else list(scorers)
         listed = [(getattr(each, "__name__", "") if callable(each) else "", each) for each in functions]
     for name, each in listed:
-        taken = name in (*PANEL, "collateral", "task", "refusal", "over_refusal") and each is not refusal
-        if not callable(each) or not name or taken or name == "<lambda>" or [n for n, _ in listed].count(name) > 1:
+        fine = isinstance(name, str) and name and name != "<lambda>" and [n for n, _ in listed].count(name) == 1
+        if not callable(each) or not fine or name in TAKEN:
             raise ScorerError(
-                f"A scorer is a function with a name of its own, none of {', '.join(PANEL)}. Found {name!r}: "
+                f"A scorer is a function with a name of its own, none of {', '.join(TAKEN)}. Found {name!r}: "
                 f"{type(each).__name__}. Pass scorers={{'name': function}}.",
                 name=name,
             )
     return dict(listed)
+
+
+def _refuse_names(scorers: Mapping[str, Scorer], asked: Mapping[str, Writer]) -> None:
+    both = sorted(set(scorers) & set(asked))
+    if both:
+        raise ScorerError(
+            f"Measures need names of their own. Found {both[0]!r} as a scorer and for the prompts to refuse. Rename the scorer.",
+            name=both[0],
+        )
 
 
 def checked_sampling(max_new_tokens: int, samples: int, temperature: float, seed: int, batch_size: int) -> Sampling:
@@ -145,16 +160,6 @@ def checked_sampling(max_new_tokens: int, samples: int, temperature: float, seed
     if temperature == 0 and samples > 1:
         raise AmountError(f"Greedy text has one sample a prompt. Found samples={samples}. Use temperature=1.")
     return Sampling(max_new_tokens, samples, float(temperature), int(seed), batch_size)
-
-
-def checked_neutral(neutral: Sequence[str] | None) -> list[str]:
-    """Return neutral texts, the shipped ones by default."""
-    if neutral is None:
-        return damage.neutral_texts()
-    found = [] if not neutral else checked_texts(neutral, "neutral")
-    if any(not isinstance(text, str) for text in found):
-        raise TextsError("Neutral texts must be strings. Found a conversation. Pass plain text.")
-    return [text for text in found if isinstance(text, str)]
 
 
 def _refuse_other_counts(counts: frozenset[int], prompts: int, more: bool) -> None:
@@ -182,23 +187,16 @@ def measured(
     progress: bool = False,
 ) -> tuple[dict[str, Measure], list[str], list[str]]:
     """Return measures of what somebody writes, and by row the prompts as text and the completions."""
-    decoder, prompts, tokens = writer.decoder, writer.prompts, writer.tokens
-    limit = getattr(decoder.model.config, "max_position_embeddings", None)
-    longest = max(range(len(tokens)), key=lambda i: len(tokens[i]))
-    if limit is not None and len(tokens[longest]) + sampling.max_new_tokens > limit:
-        raise TextsError(
-            f"Prompt and completion may have {limit} tokens on this model. Found {len(tokens[longest])} and "
-            f"{sampling.max_new_tokens} new ones at prompt {longest}. Shorten it.",
-            index=longest,
-        )
+    decoder, prompts = writer.decoder, writer.prompts
+    writer.refuse_long(sampling.max_new_tokens)
     rows: list[dict[str, float]] = []
     completions: list[str] = []
     size = max(1, sampling.batch_size // sampling.samples)
     bar = tqdm(total=len(prompts), desc="evaluating", unit="prompt", disable=not progress)
     with bar:
-        for start in range(0, len(tokens), size):
-            part = range(start, min(start + size, len(tokens)))
-            with rows_are_samples(decoder.model, part, len(tokens)):
+        for start in range(0, len(prompts), size):
+            part = range(start, min(start + size, len(prompts)))
+            with rows_are_samples(decoder.model, part, len(prompts)):
                 written = writer.write(part, sampling)
                 if panel:
                     replay = damage.replayed(writer, written, part)
@@ -209,19 +207,24 @@ def measured(
             ]
             bar.update(len(part))
     clusters = tuple(index for index in range(len(prompts)) for _ in range(sampling.samples))
-    measures = _scored([prompts[i] for i in clusters], completions, clusters, scorers)
+    source = digest(prompts)
+    shown = [prompts[i] for i in clusters]
+    measures = {
+        name: Measure(_called(name, scorer, shown, completions), clusters, source=source)
+        for name, scorer in scorers.items()
+    }
     if panel:
-        measures |= _gathered(rows, clusters)
+        measures |= _gathered(rows, clusters, source)
     texts = [each if isinstance(each, str) else each[-1]["content"] for each in prompts]
     return measures, [texts[i] for i in clusters], completions
 
 
-def _gathered(rows: Sequence[Mapping[str, float]], clusters: tuple[int, ...]) -> dict[str, Measure]:
+def _gathered(rows: Sequence[Mapping[str, float]], clusters: tuple[int, ...], source: str) -> dict[str, Measure]:
     """Return the damage panel; what is a mean over tokens is weighted by their number."""
     lengths = tuple(row["length"] for row in rows)
 
     def measure(key: str, shown: Any = "mean", weights: tuple[float, ...] = ()) -> Measure:
-        return Measure(tuple(row[key] for row in rows), clusters, weights, "damage", shown)
+        return Measure(tuple(row[key] for row in rows), clusters, weights, "damage", shown, source)
 
     return {
         "kl": measure("kl", weights=lengths),
@@ -235,40 +238,32 @@ def _gathered(rows: Sequence[Mapping[str, float]], clusters: tuple[int, ...]) ->
     }
 
 
-def _scored(
-    prompts: Sequence[Text], completions: Sequence[str], clusters: tuple[int, ...], scorers: Mapping[str, Scorer]
-) -> dict[str, Measure]:
-    found = {}
-    for name, scorer in scorers.items():
-        values = _called(name, scorer, prompts, completions)
-        found[name] = Measure(values, clusters)
-    return found
-
-
 def _called(
     name: str, scorer: Callable[..., Any], prompts: Sequence[Text], completions: Sequence[str]
 ) -> tuple[float, ...]:
     try:
         scores = scorer(list(prompts), list(completions))
+        scores = list(scores.tolist() if hasattr(scores, "tolist") else scores)
     except Exception as error:
         raise ScorerError(
-            f"A scorer must score every completion. {name!r} raised {error!r:.200}.", name=name
+            f"A scorer must return one score for each completion. {name!r} raised {error!r:.200}.", name=name
         ) from error
-    scores = scores.tolist() if hasattr(scores, "tolist") else scores
-    try:
-        values = tuple(float(score) for score in scores)
-    except (TypeError, ValueError) as error:
-        raise ScorerError(f"A scorer must return numbers. {name!r} returned {scores!r:.80}.", name=name) from error
-    if len(values) != len(completions):
+    if len(scores) != len(completions):
         raise ScorerError(
-            f"A scorer must return one score for each of {len(completions)} completions. {name!r} returned {len(values)}.",
+            f"A scorer must return one score for each of {len(completions)} completions. {name!r} returned {len(scores)}.",
             name=name,
         )
-    bad = next((index for index, value in enumerate(values) if not math.isfinite(value)), None)
-    if bad is not None:
-        raise ScorerError(
-            f"A score must be a finite number. {name!r} returned {values[bad]} for completion {bad}.",
-            name=name,
-            index=bad,
-        )
-    return values
+    values = []
+    for index, score in enumerate(scores):
+        try:
+            value = math.nan if isinstance(score, str | bytes) else float(score)
+        except (TypeError, ValueError, OverflowError):
+            value = math.nan
+        if not math.isfinite(value):
+            raise ScorerError(
+                f"A score must be a finite number. {name!r} returned {score!r:.80} for completion {index}.",
+                name=name,
+                index=index,
+            )
+        values.append(value)
+    return tuple(values)

@@ -1,15 +1,12 @@
-"""A GAPO run from names and texts, as the command line gives them: reward functions by name, an adapter as the result."""
+"""A GAPO run from texts and functions: an adapter, and what was logged on the way to it."""
 
-import importlib
 import json
-import os
-import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from steerkit.errors import MissingDependencyError, ObjectiveError, TextsError, UnsupportedModelError
+from steerkit.errors import MissingDependencyError, TextsError, UnsupportedModelError
 from steerkit.gapo.trainer import GAPOConfig, GAPOTrainer
 
 try:
@@ -20,26 +17,6 @@ except ImportError as error:
     raise MissingDependencyError(
         f"Training needs trl, peft and datasets. Found {error}. Run: pip install 'steerkit-sdk[train]'."
     ) from error
-
-
-def reward_function(name: str) -> Callable[..., Any]:
-    """Return the function that `module:function` names; modules of the working directory are found too.
-
-    Raises:
-        ObjectiveError: the module or the function is not there.
-    """
-    module, colon, function = name.partition(":")
-    if not (module and colon and function):
-        raise ObjectiveError(f"A reward is named as module:function. Found {name!r}. Write it like rewards:politeness.")
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ObjectiveError(f"The reward {name!r} must be importable. Found: {error}. Check the names.") from error
-    if not callable(found):
-        raise ObjectiveError(f"A reward must be a function. Found that {name!r} is {type(found).__name__}.")
-    return found
 
 
 def train(
