@@ -7,6 +7,8 @@ import itertools
 import json
 from pathlib import Path
 
+import numpy as np
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -288,6 +290,23 @@ def gapo_costs(run):
     return table(("arm", "CPU time, × stock", "rise in memory"), rows)
 
 
+def gapo_trainings(run):
+    """Return what each way to combine three rewards did to held-out text."""
+    keys = ("positive", "VADER", "ten_words", "worst in deviations", "log_perplexity")
+    rows = [
+        (
+            arm,
+            *(signed(f[key]) for key in keys),
+            f"{100 * f['opposed']:.0f} %",
+            f"{100 * f['share of noise']:.0f} %",
+            ", ".join(f"{f[f'signal {name}']:+.2f}" for name in ("positive", "ten_words", "noise")),
+        )
+        for arm, f in run["figures"].items()
+    ]
+    head = ("", "P(positive)", "VADER", "ten words", "worst, in deviations", "log perplexity")
+    return table((*head, "steps opposed", "pull of noise", "signals"), rows)
+
+
 def scopes(run):
     """Return how far the last block's weights are from those of all gradients."""
     rows = [
@@ -404,6 +423,19 @@ def main():
         "pareto_how": how(solves),
         "gapo_cost": gapo_costs(steps),
         "gapo_cost_how": how(steps),
+        "gapo_training": gapo_trainings(load("gapo_training")),
+        "gapo_seeds": len({run["seed"] for run in load("gapo_training")["runs"]}),
+        "gapo_before": ", ".join(
+            f"{name} {np.mean(load('gapo_training')['before'][key]):.2f}"
+            for name, key in (
+                ("P(positive)", "positive"),
+                ("VADER", "VADER"),
+                ("ten words", "ten_words"),
+                ("log perplexity", "log_perplexity"),
+            )
+        ),
+        "gapo_auc": f"{load('gapo_training')['scorer_auc']:.2f}",
+        "gapo_training_how": how(load("gapo_training")),
         "scope": scopes(load("gapo_scope")),
         "scope_steps": load("gapo_scope")["steps"],
         "scope_how": how(load("gapo_scope")),

@@ -153,22 +153,44 @@ def main() -> None:
             if not any(run_["arm"] == arm and run_["seed"] == seed for run_ in found["runs"]):
                 found["runs"].append(run(arm, seed, given, judge, classifier))
                 save(given.json, found)
-    rows = []
-    for arm in ARMS:
-        runs = [run_ for run_ in found["runs"] if run_["arm"] == arm]
-        row = [arm]
-        for name in ("positive", "VADER", "ten_words", "log_perplexity"):
-            change = np.mean([np.array(r["after"][name]) - np.array(found["before"][name]) for r in runs], axis=0)
-            row.append("{:+.2f} [{:+.2f} {:+.2f}]".format(*bootstrap(change, given.seed)))
-        row.append(f"{np.mean([r['gapo/opposed'][1] for r in runs]):.2f}")
-        row += [
-            f"{np.mean([r[f'gapo/signal/{name}'][1] for r in runs]):+.2f}"
-            for name in ("positive", "ten_words", "noise")
-        ]
-        rows.append(row)
-    head = ["change on held-out openings", "positive", "VADER", "ten words", "log perplexity", "opposed"]
-    table(rows, [*head, "signal: positive", "ten words", "noise"])
+    found["figures"] = {
+        arm: summary([run_ for run_ in found["runs"] if run_["arm"] == arm], found["before"], given.seed)
+        for arm in ARMS
+    }
+    changes = ("positive", "VADER", "ten_words", "worst in deviations", "log_perplexity")
+    shares = ("opposed", "share of noise", "signal positive", "signal ten_words", "signal noise")
+    rows = [
+        [arm, *("{:+.2f} [{:+.2f} {:+.2f}]".format(*f[key]) for key in changes), *(f"{f[key]:+.2f}" for key in shares)]
+        for arm, f in found["figures"].items()
+    ]
+    table(rows, ["change on held-out openings", *changes, *shares])
     save(given.json, found)
+
+
+def summary(runs: list[dict[str, Any]], before: dict[str, list[float]], seed: int) -> dict[str, Any]:
+    """Return changes on held-out openings, mean over seeds, and what the updates did on average."""
+    change = {
+        key: np.mean([np.array(run_["after"][key]) - np.array(before[key]) for run_ in runs], axis=0)
+        for key in ("positive", "VADER", "ten_words", "log_perplexity")
+    }
+    found: dict[str, Any] = {key: bootstrap(values, seed) for key, values in change.items()}
+    found["seeds"] = {
+        key: [float(np.mean(run_["after"][key]) - np.mean(before[key])) for run_ in runs] for key in change
+    }
+    # In deviations of each reward over completions, as it was at the start: the objectives that can be raised at all.
+    spread = {name: np.mean([run_[f"rewards/{name}/std"][0] for run_ in runs]) for name in ("positive", "ten_words")}
+    worst = min(spread, key=lambda name: float(change[name].mean() / spread[name]))
+    found["worst in deviations"] = bootstrap(change[worst] / spread[worst], seed)
+    found["worst is"] = worst
+    names = ("positive", "ten_words", "noise")
+    pulls = {n: np.mean([run_[f"gapo/weight/{n}"][1] * run_[f"gapo/norm/{n}"][1] for run_ in runs]) for n in names}
+    found["share of noise"] = float(pulls["noise"] / sum(pulls.values()))
+    found["opposed"] = float(np.mean([run_["gapo/opposed"][1] for run_ in runs]))
+    found |= {f"signal {n}": float(np.mean([run_[f"gapo/signal/{n}"][1] for run_ in runs])) for n in names}
+    found["trained"] = {
+        n: [float(np.mean([run_[f"rewards/{n}/mean"][place] for run_ in runs])) for place in (0, 2)] for n in names
+    }
+    return found
 
 
 if __name__ == "__main__":

@@ -27,6 +27,10 @@ def variety(completion_ids: list[list[int]], **_: Any) -> list[float]:
     return [float(len(set(ids))) for ids in completion_ids]
 
 
+def kindness(prompts: list[str], completions: list[str]) -> list[float]:
+    return [float(text.count("w6")) for text in completions]
+
+
 @pytest.fixture
 def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     """What the snippets take as given."""
@@ -60,6 +64,9 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
         "brevity": brevity,
         "variety": variety,
         "prompts": Dataset.from_list([{"prompt": f"w{i} w{i + 1}"} for i in range(8)]),
+        "openings": [f"w{i} w{i + 1}" for i in range(8)],
+        "other_openings": [f"w{i} w{i + 2}" for i in range(8)],
+        "kindness": kindness,
         "torch": torch,
     }
 

@@ -29,8 +29,10 @@ def replayed(writer: Writer, rows: Continued, part: Sequence[int]) -> list[Row]:
     decoder = writer.decoder
     last = max(layers_steered(decoder.model), default=decoder.depth - 1)
     steered, moved = writer.read(rows, part, last)
-    with unsteered(decoder.model):
-        plain, states = read(decoder, rows, last)
+    plain, states = steered, moved
+    if not writer.plain:
+        with unsteered(decoder.model):
+            plain, states = read(decoder, rows, last)
     assert moved is not None
     assert states is not None
     found = []

@@ -18,7 +18,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from steerkit.activations import tokenise
 from steerkit.errors import TextsError
-from steerkit.hooks import continuing
+from steerkit.hooks import continuing, steered
 from steerkit.model import Decoder
 from steerkit.types import Text
 
@@ -80,6 +80,11 @@ class Writer:
         self.tokenizer = tokenizer
         self.prompts = prompts
         self.tokens = tokenise(tokenizer, prompts)
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is the unsteered model that writes."""
+        return not steered(self.decoder.model)
 
     def refuse_long(self, new: int) -> None:
         """Raise if a prompt and what follows it are longer than the model takes.
@@ -157,6 +162,10 @@ class Prompted(Writer):
         super().__init__(decoder, tokenizer, prompts)
         self.share = share
         self.instructed = tokenise(tokenizer, [instructed(prompt, instruction) for prompt in prompts])
+
+    @property
+    def plain(self) -> bool:
+        return False
 
     def refuse_long(self, new: int) -> None:
         super().refuse_long(new)
