@@ -16,14 +16,24 @@ _COLOURS = ("#1b6ca8", "#c8553d", "#588157", "#7b2d8b")
 _MARKS = "osD^vPX"
 
 
-def _figure(width: float, height: float, **kwargs: Any) -> Any:
-    """Return a figure that belongs to no window, and its axes."""
+def require() -> Any:
+    """Return matplotlib's figure: for whoever has long work to do before drawing.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingDependencyError(
             "Figures need matplotlib. It is not installed. Run: pip install 'steerkit-sdk[plots]'."
         ) from error
+    return Figure
+
+
+def _figure(width: float, height: float, **kwargs: Any) -> Any:
+    """Return a figure that belongs to no window, and its axes."""
+    Figure = require()
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(**kwargs)
 

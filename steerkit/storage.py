@@ -115,6 +115,18 @@ def write_bytes(target: Path, blob: bytes) -> None:
         ) from error
 
 
+def refuse_folder(folder: Path) -> None:
+    """Raise unless a folder can be made here: for whoever has long work to do before writing it.
+
+    Raises:
+        ArtefactError: the folder exists and is not empty, or its parent is missing.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ArtefactError(f"An empty or new folder is required. Found {folder} with something in it. Choose another.")
+    if not folder.parent.is_dir():
+        raise ArtefactError(f"The folder {folder.parent} must exist. It does not. Create it first.")
+
+
 def write_folder(folder: Path, fill: Callable[[Path], Any]) -> None:
     """Make a folder in one step: what `fill` writes appears as a whole, or not at all.
 
@@ -122,12 +134,7 @@ def write_folder(folder: Path, fill: Callable[[Path], Any]) -> None:
         ArtefactError: the folder exists and is not empty, its parent is missing, the disk is full.
     """
     try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ArtefactError(
-                f"An empty or new folder is required. Found {folder} with something in it. Choose another."
-            )
-        if not folder.parent.is_dir():
-            raise ArtefactError(f"The folder {folder.parent} must exist. It does not. Create it first.")
+        refuse_folder(folder)
         inside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".steerkit."))
     except OSError as error:
         raise ArtefactError(f"{folder} could not be written ({error.strerror}). Choose another path.") from error

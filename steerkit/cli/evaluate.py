@@ -1,12 +1,16 @@
 """`steerkit evaluate` and `steerkit compare`: what steering does to text, and at what cost."""
 
+import io
 import json
+import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
+from steerkit import storage
 from steerkit.cli.shared import (
     JsonOption,
     ModelOption,
@@ -57,7 +61,6 @@ def evaluate(
 
     Example: `steerkit evaluate prompts.txt -s vader --at-least sentiment=0.9 -o report`
     """
-    from steerkit import storage
     from steerkit.controller import Controller
     from steerkit.evaluation import Report
     from steerkit.evaluation import evaluate as run
@@ -71,6 +74,8 @@ def evaluate(
     files = {name: artefact_at(path_of(name), direction) for _, name, _ in requests}
     functions = _scorers(scorer)
     rows = texts_of(prompts)
+    if output is not None:
+        storage.refuse_folder(output)
     loaded, tokenizer = loaded_model(model)
     settings: dict[str, Any] = {
         "scorers": functions, "samples": samples, "max_new_tokens": max_new_tokens, "seed": seed,
@@ -92,7 +97,7 @@ def evaluate(
     if output is not None:
         storage.write_folder(output, fill)
     if as_json:
-        print(report.to_json())
+        print(report.to_json(texts=texts))
         return
     _print_table(report.figures())
     if base is not None:
@@ -113,7 +118,14 @@ def compare(
     instructions: Annotated[
         Path, typer.Option(help="Instructions that ask for it, one a line; five is a fair number.")
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the page, the figure and report.json.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Folder for the page, the figure and comparison.json; the same command after a stop goes on there.",
+        ),
+    ],
     scorer: ScorerOption = None,
     towards: Annotated[str, typer.Option(help="positive or negative.")] = "positive",
     vector: Annotated[str | None, typer.Option(help="A preference vector's file.")] = None,
@@ -122,7 +134,7 @@ def compare(
     model: ModelOption = None,
     samples: Annotated[int, typer.Option(min=1, help="Continuations of each prompt.")] = 4,
     trials: Annotated[int, typer.Option(min=3, help="Most amounts to try for a budget.")] = 8,
-    best_of: Annotated[int, typer.Option(min=2, help="Largest n of best-of-n.")] = 16,
+    best_of: Annotated[int, typer.Option(min=2, help="Largest n of best-of-n.")] = 32,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 24,
     seed: Annotated[int, typer.Option(help="Of the split and of sampling.")] = 0,
     as_json: JsonOption = False,
@@ -132,7 +144,7 @@ def compare(
     Example: `steerkit compare sentiment prompts.txt --development dev.txt --positive happy.txt --negative unhappy.txt
     --instructions ask.txt -s vader -o comparison`
     """
-    from steerkit import storage
+    from steerkit import plots
     from steerkit.evaluation import compare as run
 
     functions = _scorers(scorer)
@@ -140,56 +152,44 @@ def compare(
         nats = [float(budget) for budget in budgets.split(",")]
     except ValueError as error:
         raise TextsError(f"`--budgets` must be like 0.03,0.1,0.3. Found {budgets!r}. Mend it.") from error
+    plots.require()
     vectors = [None if each is None else vector_at(path_of(each)).add(1.0) for each in (vector, one_sided)]
-    read = {key: texts_of(path) for key, path in (("prompts", prompts), ("development", development),
-            ("positive", positive), ("negative", negative), ("instructions", instructions))}  # fmt: skip
+    files = (prompts, development, positive, negative, instructions)
+    rows, dev, shows, lacks, asked = (texts_of(path) for path in files)
     loaded, tokenizer = loaded_model(model)
-
-    def fill(inside: Path) -> None:
-        from steerkit import plots
-
-        found = run(
-            loaded, tokenizer, read["prompts"], name=name, positive=read["positive"], negative=read["negative"],
-            scorers=functions, development=read["development"], instructions=read["instructions"],
-            towards=_towards(towards), vector=vectors[0],
-            one_sided=vectors[1], budgets=nats, trials=trials, best_of=best_of,
-            max_new_tokens=max_new_tokens, samples=samples, seed=seed, progress=err.is_terminal and not as_json,
-        )  # fmt: skip
-        found.report.to_json(inside / "report.json")
-        found.report.save_html(inside / "report.html", base="unsteered")
-        plots.comparison(found).savefig(inside / "comparison.png", dpi=150)
-        (inside / "table.md").write_text(
-            found.table() + "\n\n" + "\n".join(f"* {note}" for note in found.notes), "utf-8"
-        )
-        shown.append(found)
-
-    shown: list[Any] = []
-    storage.write_folder(output, fill)
-    [found] = shown
+    found = run(
+        loaded, tokenizer, rows, name=name, positive=shows, negative=lacks, scorers=functions, development=dev,
+        instructions=asked, towards=towards, vector=vectors[0], one_sided=vectors[1], budgets=nats, trials=trials,  # type: ignore[arg-type]
+        best_of=best_of, max_new_tokens=max_new_tokens, samples=samples, seed=seed, folder=output,
+        progress=err.is_terminal and not as_json,
+    )  # fmt: skip
+    output.mkdir(exist_ok=True)
+    image = io.BytesIO()
+    plots.comparison(found).savefig(image, format="png", dpi=150)
+    storage.write_bytes(output / "comparison.png", image.getvalue())
+    found.save_html(output / "comparison.html", figure=image.getvalue())
     if as_json:
-        shown_effects = {m: {str(b): e for b, e in effects.items()} for m, effects in found.effects().items()}
-        print(json.dumps({"goal": found.goal, "effects": shown_effects, "notes": found.notes}, indent=2))
+        cells = [
+            {"method": c.method, "budget": c.budget, "effect": _finite(found.effects()[c.method][c.budget]),
+             "spent": _finite(found.spent()[c.method][c.budget])}
+            for c in found.cells
+        ]  # fmt: skip
+        print(json.dumps({"goal": found.goal, "cells": cells, "notes": found.notes}, indent=2))
         return
     by_budget: dict[str, dict[str, Any]] = {}
     for method, effects in found.effects().items():
         for budget, effect in effects.items():
-            by_budget.setdefault(_budget(budget), {})[method] = effect
+            column = "whole" if budget is None else f"{budget:g} nats a token"
+            by_budget.setdefault(column, {})[method] = f"{effect} at {found.spent()[method][budget].value:.3g}"
+    out.print(f"{found.goal}, against unsteered, at the KL a token that was spent", markup=False)
     _print_table(by_budget)
     for note in found.notes:
         out.print(f"* {note}", markup=False, soft_wrap=True)
     out.print(f"wrote {output}", markup=False, soft_wrap=True)
 
 
-def _budget(budget: float | None) -> str:
-    return "no dose" if budget is None else f"{budget:g} nats a token"
-
-
-def _towards(word: str) -> Literal["positive", "negative"]:
-    return "negative" if word == "negative" else "positive" if word == "positive" else _refuse(word)
-
-
-def _refuse(word: str) -> Any:
-    raise TextsError(f"`--towards` must be positive or negative. Found {word!r}.")
+def _finite(estimate: Any) -> list[float | None]:
+    return [value if math.isfinite(value) else None for value in estimate]
 
 
 def _scorers(names: list[str] | None) -> dict[str, Any]:
@@ -197,15 +197,20 @@ def _scorers(names: list[str] | None) -> dict[str, Any]:
     from steerkit.evaluation import scorers
 
     ready: dict[str, Any] = {"vader": scorers.vader, "profanity": scorers.profanity, "refusal": lambda: scorers.refusal}
-    return {
-        name.rpartition(":")[2]: ready[name]() if name in ready else function_at(name, "scorer", ScorerError)
-        for name in names or []
-    }
+    found: dict[str, Any] = {}
+    for name in names or []:
+        short = name.rpartition(":")[2]
+        if short in found:
+            raise ScorerError(f"Scorers need names of their own. Found {short!r} twice. Rename a function.", name=short)
+        found[short] = ready[name]() if name in ready else function_at(name, "scorer", ScorerError)
+    return found
 
 
 def _print_table(figures: Any) -> None:
     measures = list(dict.fromkeys(measure for arm in figures.values() for measure in arm))
-    table = Table("", *figures)
+    table = Table("", *map(escape, figures))
     for measure in measures:
-        table.add_row(measure, *(str(arm[measure]) if measure in arm else "" for arm in figures.values()))
+        table.add_row(
+            escape(measure), *(escape(str(arm[measure])) if measure in arm else "" for arm in figures.values())
+        )
     out.print(table)

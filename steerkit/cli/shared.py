@@ -194,7 +194,7 @@ def function_at(name: str, what: str, error: type[SteerkitError]) -> Callable[..
         sys.path.insert(0, os.getcwd())
     try:
         found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as why:
+    except Exception as why:  # a module may raise whatever it likes
         raise error(f"The {what} {name!r} must be importable. Found: {why}. Check the names.") from why
     if not callable(found):
         raise error(f"A {what} must be a function. Found that {name!r} is {type(found).__name__}.")

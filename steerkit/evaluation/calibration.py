@@ -45,8 +45,9 @@ class Dose:
     kl: Estimate
     """Nats a token, from the unsteered model."""
     kl_p90: Estimate
-    dose: Estimate
-    """Relative change of the residual stream after the last edited block: of one addition, magnitude over residual norm."""
+    dose: Estimate | None
+    """Relative change of the residual stream after the last edited block: of one addition, magnitude over residual norm; None
+    for an instruction."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Calibration:
             [
                 _shown(dose.amount),
                 *([str(dose.score)] if scored else []),
-                *map(str, (dose.kl, dose.kl_p90, dose.dose)),
+                *map(str, (dose.kl, dose.kl_p90, dose.dose or "")),
                 "*" if dose is self.chosen else "",
             ]
             for dose in self.curve
@@ -222,7 +223,8 @@ def dial(
         if isinstance(intervention, Addition):
             with unsteered(find_decoder(model).model):
                 states = record(model, tokenizer, prompts[:64], layers=intervention.layers)
-            most = _REACH * min(float(states[layer].norm(dim=-1).mean()) for layer in intervention.layers)
+            norms = [float(states[layer].norm(dim=-1).mean()) for layer in intervention.layers]
+            most = _REACH * min(n / abs(float(p)) for n, p in zip(norms, shape, strict=True) if p)
         between = (0.0, most if by_layer else sign * most)
     elif not by_layer and bool(own.values.any()) and sum(between) * sign < 0:
         raise AmountError(
@@ -351,7 +353,8 @@ class Search:
         amount = self._amount(place)
         found = self.measure(amount)
         score = found["score"].estimate if "score" in found else None
-        kl, kl_p90, moved = (found[name].estimate for name in ("kl", "kl_p90", "displacement"))
+        kl, kl_p90 = (found[name].estimate for name in ("kl", "kl_p90"))
+        moved = found["displacement"].estimate if "displacement" in found else None
         self.tried[place] = Dose(amount, place, found, score, kl, kl_p90, moved)
 
     def _curve(self) -> tuple[Dose, ...]:

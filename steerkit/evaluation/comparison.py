@@ -4,48 +4,35 @@ Every method is first calibrated on development prompts to each budget of KL a t
 figures come from. Prompting, best-of-n, a random direction and shuffled labels are always among them.
 """
 
+import json
 import math
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
+import torch.nn.functional as F
 
+from steerkit import storage
 from steerkit.activations import Activations, checked_texts, record
 from steerkit.concepts.concept import Concept
 from steerkit.controller import Controller
-from steerkit.errors import AmountError, CalibrationError, SteerkitWarning, TextsError
-from steerkit.evaluation import scorers as ready
-from steerkit.evaluation.calibration import Search, dial
-from steerkit.evaluation.passes import BestOf, Prompted, Sampling, Writer
-from steerkit.evaluation.report import Arm, Estimate, Measure, Report, markdown
-from steerkit.evaluation.run import Scorers, checked_sampling, measured, named
+from steerkit.errors import AmountError, ArtefactError, TextsError
+from steerkit.evaluation.calibration import dial
+from steerkit.evaluation.contest import UNSTEERED, Cell, Contest
+from steerkit.evaluation.passes import Prompted, Writer
+from steerkit.evaluation.report import Estimate, Report, digest, markdown
+from steerkit.evaluation.run import Scorers, checked_sampling, named
 from steerkit.hooks import steered
-from steerkit.intervention import Addition, Intervention
-from steerkit.model import Decoder, evaluating, find_decoder
+from steerkit.intervention import Intervention
+from steerkit.model import Fingerprint, evaluating, find_decoder
 from steerkit.types import Text
 
 BUDGETS = (0.03, 0.1, 0.3)
 """Nats a token; .1 is 2.4 nats in 24 tokens."""
-
-UNSTEERED = "unsteered"
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One method at one budget."""
-
-    method: str
-    budget: float | None
-    """None for a method that has no dose."""
-    arm: str
-    """Its name in the report."""
-    amount: Any
-    """What was calibrated: an amount, a share of the instruction, a number of samples."""
 
 
 @dataclass(frozen=True)
@@ -58,23 +45,15 @@ class Comparison:
     goal: str
     """The scorer that counts."""
     notes: tuple[str, ...] = field(repr=False, default=())
-    """What could not be run, and doses that were not monotone."""
+    """What could not be run, doses that were not monotone, budgets that were missed."""
 
     def effects(self, measure: str | None = None) -> dict[str, dict[float | None, Estimate]]:
-        """Return by method and budget the difference from the unsteered text, paired by prompt."""
-        found: dict[str, dict[float | None, Estimate]] = {}
-        for cell in self.cells:
-            found.setdefault(cell.method, {})[cell.budget] = self.report.difference(
-                measure or self.goal, cell.arm, UNSTEERED
-            )
-        return found
+        """Return by method and budget the difference from the unsteered text, paired by prompt; None for whole doses."""
+        return self._by_cell(lambda arm: self.report.difference(measure or self.goal, arm, UNSTEERED))
 
     def spent(self) -> dict[str, dict[float | None, Estimate]]:
         """Return by method and budget the KL a token that was really spent on these prompts."""
-        found: dict[str, dict[float | None, Estimate]] = {}
-        for cell in self.cells:
-            found.setdefault(cell.method, {})[cell.budget] = self.report[cell.arm]["kl"]
-        return found
+        return self._by_cell(lambda arm: self.report[arm]["kl"])
 
     def contrast(self, first: str, second: str, budget: float | None, measure: str | None = None) -> Estimate:
         """Return how much further one method goes than another at a budget, paired by prompt.
@@ -83,6 +62,12 @@ class Comparison:
             AmountError: a method that has no arm at this budget.
         """
         return self.report.difference(measure or self.goal, self._arm(first, budget), self._arm(second, budget))
+
+    def _by_cell(self, value: Callable[[str], Estimate]) -> dict[str, dict[float | None, Estimate]]:
+        found: dict[str, dict[float | None, Estimate]] = {}
+        for cell in self.cells:
+            found.setdefault(cell.method, {})[cell.budget] = value(cell.arm)
+        return found
 
     def _arm(self, method: str, budget: float | None) -> str:
         for cell in self.cells:
@@ -93,15 +78,65 @@ class Comparison:
         )
 
     def table(self) -> str:
-        """Return a Markdown table: the effect of each method at each budget, and beneath it the KL spent."""
+        """Return a Markdown table: the effect of each method at each budget, and beside it the KL that was spent."""
+        head, *rows = self._lines()
+        return markdown(head, rows)
+
+    def _lines(self) -> list[list[str]]:
         budgets = list(dict.fromkeys(cell.budget for cell in self.cells if cell.budget is not None))
         effects, spent = self.effects(), self.spent()
-        head = [f"{self.goal}, against unsteered", *(f"{b:g} nats a token" for b in budgets), "no dose"]
+        head = [f"{self.goal}, against unsteered", *(f"{b:g} nats a token" for b in budgets), "whole"]
         rows = [
             [method, *(f"{found[b]} at {spent[method][b].value:.3g}" if b in found else "" for b in (*budgets, None))]
             for method, found in effects.items()
         ]
-        return markdown(head, rows)
+        return [head, *rows]
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """Return, and with `path` write, everything that was measured, without texts.
+
+        Raises:
+            ArtefactError: the file cannot be written.
+        """
+        found = {"goal": self.goal, "notes": self.notes, "cells": [asdict(cell) for cell in self.cells]}
+        text = json.dumps({**found, "report": json.loads(self.report.to_json())}, indent=1)
+        if path is not None:
+            storage.write_bytes(Path(path), text.encode())
+        return text
+
+    @classmethod
+    def from_json(cls, text: str) -> "Comparison":
+        """Return the comparison that `to_json` wrote.
+
+        Raises:
+            ArtefactError: text that is no comparison.
+        """
+        try:
+            found = json.loads(text)
+            cells = tuple(Cell(**{**cell, "amount": _by_layer(cell["amount"])}) for cell in found["cells"])
+            report = Report.from_json(json.dumps(found["report"]))
+            if any(cell.arm not in report.arms for cell in cells):
+                raise KeyError("arm")
+            return cls(report, cells, str(found["goal"]), tuple(map(str, found["notes"])))
+        except ArtefactError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ArtefactError(f"A comparison's JSON is required. Found something else ({error!r:.80}).") from error
+
+    def save_html(self, path: str | os.PathLike[str], *, figure: bytes | None = None) -> None:
+        """Write one page: the table, the figure (a PNG, such as `plots.comparison` draws), the notes, every panel.
+
+        Raises:
+            ArtefactError: the file cannot be written.
+        """
+        self.report.save_html(path, base=UNSTEERED, above=self._lines(), figure=figure, notes=self.notes)
+
+
+def _by_layer(amount: Any) -> Any:
+    """Return an amount as it was before JSON made its layers into text."""
+    if not isinstance(amount, dict):
+        return amount
+    return {int(key) if key.isdigit() else key: _by_layer(value) for key, value in amount.items()}
 
 
 def compare(
@@ -120,22 +155,27 @@ def compare(
     vector: Intervention | None = None,
     one_sided: Intervention | None = None,
     budgets: Sequence[float] = BUDGETS,
-    best_of: int = 16,
+    best_of: int = 32,
     trials: int = 8,
     max_new_tokens: int = 24,
     samples: int = 4,
     seed: int = 0,
     batch_size: int = 64,
+    folder: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> Comparison:
     """Run ways to steer towards a concept at equal KL from the unsteered model.
 
     Methods: the closed form (GCAV) along the probe, the pattern and the difference of means; a constant addition along the
-    difference of means at the same layers and positions; removal of the direction (towards "negative" only); the preference
-    vectors that are given, alone and with the best closed form; the instruction that does best on the development prompts,
-    a few-shot one among them, its dose an interpolation of logits; the best of n samples by the concept's probe, n the most
-    that a text's share of the budget pays for (KL <= log n - (n-1)/n); the constant addition's amounts along a random direction; a
-    constant addition along the difference of means of shuffled labels.
+    difference of means at the same layers and positions; the removal of that direction (towards "negative" only); the
+    preference vectors that are given, alone and together with the best closed form; the instruction that does best on
+    the development prompts, a few-shot one among them, its dose an interpolation of logits; the best of n samples by the
+    concept's probe, n the most that the budget pays for (KL of a text <= log n - (n-1)/n). Controls: the constant addition's
+    amounts along random directions (the same dose, whatever KL that is), and a constant addition along the difference of means of
+    shuffled labels, half of each class on either side, at the same KL.
+
+    Selection is not equal, and in favour of the baselines: prompting is the best of its instructions and both kinds the best
+    of three by the goal itself on the development prompts, while the closed form takes its default layers.
 
     Args:
         model: the model, with no Controller attached.
@@ -146,39 +186,45 @@ def compare(
         negative: texts that do not.
         scorers: as in `evaluate`; fit them on other texts than the concept.
         development: prompts on which doses and the instruction are chosen.
-        instructions: five is a fair number; "this model's prompt ceiling" is the best of them.
+        instructions: four with the few-shot one are five; the best is "this model's prompt ceiling".
         towards: more of the concept, or less. Scores are expected to rise with more.
         goal: the scorer that counts; the first by default.
-        vector: a preference vector's `add(1.0)`, for example.
+        vector: a preference vector's `add(1.0)` that gives more of the concept; towards "negative" it is turned.
         one_sided: the same made of one policy only.
         budgets: nats a token.
         best_of: largest n of best-of-n.
         trials: most amounts to try for a budget.
         max_new_tokens: tokens a continuation.
         samples: continuations of each prompt.
-        seed: of the split, the sampling and the random direction.
+        seed: of the split, the sampling and the random directions.
         batch_size: rows that run together.
+        folder: keeps finished arms in comparison.json there, and the same call after a stop goes on with them; the doses of a method
+            that was stopped between two budgets are searched anew.
         progress: show a progress bar.
 
     Raises:
-        TextsError: no prompts or instructions, or prompts that are in both lists.
+        TextsError: no prompts or instructions, prompts that are in both lists, texts longer than the model takes.
         AmountError: budgets that are not positive, a Controller that is attached, other settings that are none.
         ScorerError: a scorer that fails.
+        ArtefactError: a folder with a comparison of other texts or settings.
     """
     prompts, development = checked_texts(prompts, "prompts"), checked_texts(development, "development")
-    shared = [text for text in prompts if text in development]
+    positive, negative = checked_texts(positive, "positive"), checked_texts(negative, "negative")
+    known = {_plain(text) for text in prompts}
+    shared = [text for text in development if _plain(text) in known]
     if shared:
         raise TextsError(
             f"Development prompts must be others than the prompts. Found {shared[0]!r:.60} in both lists. Split them."
         )
-    if isinstance(instructions, str) or not instructions or not all(isinstance(i, str) and i for i in instructions):
-        raise TextsError("Prompting is never left out: `instructions` must be a list of texts. Found none. Write five.")
-    if not budgets or any(not math.isfinite(b) or b <= 0 for b in budgets):
-        raise AmountError(f"Budgets must be positive numbers of nats a token. Found {tuple(budgets)}.")
-    if best_of < 2 or trials < 3 or towards not in ("positive", "negative"):
-        raise AmountError(
-            f"best_of must be 2 or more, trials 3 or more, towards 'positive' or 'negative'. Found {best_of}, {trials}, {towards!r}."
-        )
+    asked = [] if isinstance(instructions, str) else list(instructions)
+    if not asked or not all(isinstance(each, str) and each for each in asked):
+        raise TextsError("Prompting is never left out: `instructions` must be a list of texts. Found none. Write four.")
+    nats = _checked_budgets(budgets)
+    for word, number, least in (("best_of", best_of, 2), ("trials", trials, 3), ("seed", seed, 0)):
+        if not isinstance(number, int) or number < least:
+            raise AmountError(f"`{word}` must be a whole number of at least {least}. Found {number!r}.")
+    if towards not in ("positive", "negative"):
+        raise AmountError(f"`towards` must be 'positive' or 'negative'. Found {towards!r}.")
     by_name = named(scorers)
     if not by_name or (goal is not None and goal not in by_name):
         raise AmountError(f"`goal` must be one of the scorers. Found {goal!r} and {list(by_name)}. Pass one.")
@@ -189,246 +235,123 @@ def compare(
             "Methods are compared on the plain model. Found a Controller attached. Leave its `with` first."
         )
     up = towards == "positive"
-    with evaluating(decoder.model):
+    given = {"preference vector": vector, "one-sided vector": one_sided}
+    vectors = {
+        method: _turned(model, tokenizer, development, each, up) for method, each in given.items() if each is not None
+    }
+    contest = Contest(
+        model=model,
+        tokenizer=tokenizer,
+        decoder=decoder,
+        here=Writer(decoder, tokenizer, prompts),
+        there=Writer(decoder, tokenizer, development),
+        scorers=by_name,
+        goal=goal or next(iter(by_name)),
+        sampling=sampling,
+        budgets=nats,
+        trials=trials,
+        best_of=best_of,
+        up=up,
+    )
+    for writer in (contest.here, contest.there):
+        writer.refuse_long(max_new_tokens)
+        for instruction in asked:
+            Prompted(decoder, tokenizer, writer.prompts, instruction).refuse_long(max_new_tokens)
+    key = [
+        *(digest(texts) for texts in (prompts, development, positive, negative, asked)),
+        json.dumps([Fingerprint.of(model).header(), towards, contest.goal, sorted(by_name), trials, best_of]),
+        json.dumps({**asdict(sampling), "vectors": {method: repr(each) for method, each in vectors.items()}}),
+    ]
+    keep = None
+    if folder is not None:
+        keep, kept = _kept(Path(folder), digest(key))
+        if kept is not None:
+            contest.known = {(cell.method, cell.budget): cell for cell in kept.cells}
+            contest.arms_known = dict(kept.report.arms)
+            contest.notes = list(kept.notes)
+    with evaluating(decoder.model), contest.progress(progress):
         concept, shuffled = _concepts(model, tokenizer, name, positive, negative, seed)
-        contest = _Contest(
-            model, tokenizer, decoder, prompts, development, by_name, goal or next(iter(by_name)), sampling,
-            tuple(budgets), trials, up, progress,
-        )  # fmt: skip
-        contest.run(concept, shuffled, positive if up else negative, instructions, vector, one_sided, best_of)
-    return contest.comparison()
+
+        def comparison() -> Comparison:
+            return Comparison(Report(contest.arms), tuple(contest.cells), contest.goal, tuple(contest.notes))
+
+        contest.after = None if keep is None else lambda: keep(comparison())
+        contest.run(concept, shuffled, positive if up else negative, asked, vectors)
+        return comparison()
+
+
+def _checked_budgets(budgets: Any) -> tuple[float, ...]:
+    try:
+        nats = () if isinstance(budgets, str) else tuple(float(budget) for budget in budgets)
+    except (TypeError, ValueError):
+        nats = ()
+    if not nats or any(not math.isfinite(b) or b <= 0 for b in nats) or len({f"{b:g}" for b in nats}) < len(nats):
+        raise AmountError(
+            f"Budgets must be different positive numbers of nats a token. Found {budgets!r}. Try (0.03, 0.1, 0.3)."
+        )
+    return nats
+
+
+def _plain(text: Text) -> str:
+    return (text if isinstance(text, str) else str(text[-1]["content"])).strip()
+
+
+def _turned(model: Any, tokenizer: Any, development: Sequence[Text], vector: Intervention, up: bool) -> Intervention:
+    """Return a vector's intervention with the sign of what is asked for, once it is known to fit."""
+    dial(model, tokenizer, development, vector)
+    Controller(model, [vector])
+    if up:
+        return vector
+    values = vector.read(vector.amount).values[0]
+    if not bool(values.any()):
+        values = torch.ones_like(values)
+    same = bool((values == values[0]).all())
+    return replace(
+        vector,
+        amount=-float(values[0]) if same else {k: -float(v) for k, v in zip(vector.layers, values, strict=True)},
+    )
+
+
+def _kept(folder: Path, key: str) -> tuple[Callable[[Comparison], None], Comparison | None]:
+    """Return what keeps a comparison in a folder, and the one that is there."""
+    file, sign = folder / "comparison.json", folder / "comparison.key"
+    if folder.exists() and not folder.is_dir():
+        raise ArtefactError(f"A folder is required. Found the file {folder}. Choose another.")
+    if not folder.parent.is_dir():
+        raise ArtefactError(f"The folder {folder.parent} must exist. It does not. Create it first.")
+    found = None
+    if file.exists():
+        if not sign.exists() or sign.read_text("utf-8") != key:
+            raise ArtefactError(
+                f"{folder} must hold this comparison or none. Found one of other texts, settings or another model. Choose another."
+            )
+        found = Comparison.from_json(file.read_text("utf-8"))
+    elif folder.exists():
+        storage.refuse_folder(folder)
+
+    def keep(comparison: Comparison) -> None:
+        folder.mkdir(exist_ok=True)
+        storage.write_bytes(sign, key.encode())
+        comparison.to_json(file)
+
+    return keep, found
 
 
 def _concepts(
     model: Any, tokenizer: Any, name: str, positive: Sequence[Text], negative: Sequence[Text], seed: int
 ) -> tuple[Concept, Concept]:
-    """Return the concept, and one fitted on the same texts with their labels shuffled."""
-    positive, negative = checked_texts(positive, "positive"), checked_texts(negative, "negative")
+    """Return the concept, and the same with the difference of means of shuffled labels: half of each class a side."""
     both = record(model, tokenizer, [*positive, *negative])
-    order = np.random.default_rng(seed).permutation(len(both)).tolist()
+    rows, count = range(len(both)), len(positive)
 
     def part(rows: Sequence[int]) -> Activations:
         states = {layer: both[layer][list(rows)] for layer in both.layers}
         return Activations(states, both.read, both.fingerprint, tuple(both.digests[row] for row in rows))
 
-    count, rows = len(positive), range(len(both))
     concept = Concept.from_activations(name, part(rows[:count]), part(rows[count:]), seed=seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SteerkitWarning)  # it is at chance, and has to be
-        shuffled = Concept.from_activations(name, part(order[:count]), part(order[count:]), seed=seed)
-    return concept, shuffled
-
-
-class _Contest:
-    """What all methods share, and what they reached so far."""
-
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        decoder: Decoder,
-        prompts: Sequence[Text],
-        development: Sequence[Text],
-        scorers: Mapping[str, Any],
-        goal: str,
-        sampling: Sampling,
-        budgets: tuple[float, ...],
-        trials: int,
-        up: bool,
-        progress: bool,
-    ) -> None:
-        self.model, self.tokenizer, self.decoder = model, tokenizer, decoder
-        self.prompts, self.development = prompts, development
-        self.scorers, self.goal, self.sampling = scorers, goal, sampling
-        self.budgets, self.trials, self.up = budgets, trials, up
-        self.here = Writer(decoder, tokenizer, prompts)
-        self.there = Writer(decoder, tokenizer, development)
-        self.arms: dict[str, Arm] = {}
-        self.cells: list[Cell] = []
-        self.notes: list[str] = []
-        self.places: dict[tuple[str, float], float] = {}
-        """Where each dial was left."""
-        self.scores: dict[tuple[str, float], float] = {}
-        """What each method scored on the development prompts."""
-        self.bar = tqdm(desc="comparing", unit="arm", disable=not progress)
-
-    def comparison(self) -> Comparison:
-        return Comparison(Report(self.arms), tuple(self.cells), self.goal, tuple(self.notes))
-
-    def run(
-        self,
-        concept: Concept,
-        shuffled: Concept,
-        examples: Sequence[Text],
-        instructions: Sequence[str],
-        vector: Intervention | None,
-        one_sided: Intervention | None,
-        best_of: int,
-    ) -> None:
-        """Run every method at every budget."""
-        self._keep(None, None, None, UNSTEERED, self._measured(self.here))
-        layers = concept.steering_layers
-        side: dict[str, Any] = {"at_least": 0.9} if self.up else {"at_most": 0.1}
-        closed = {
-            f"GCAV, {kind.replace('_', ' ')}": concept.along(kind).constrain(**side, layers=layers)
-            for kind in ("probe", "pattern", "mean_difference")
-        }
-        for method, bound in closed.items():
-            self.steered(method, bound)
-        steps = {layer: (1.0 if self.up else -1.0) * concept.norms[layer] for layer in layers}
-        constant = concept.along("mean_difference").add(steps, positions="last")
-        self.steered("constant addition", constant)
-        self.randomly(constant)
-        self.steered("shuffled labels", shuffled.along("mean_difference").add(steps, positions="last"))
-        if not self.up:
-            erased = concept.along("mean_difference").erase(positions="last")
-            with Controller(self.model, [erased]):
-                self._keep("removal", None, None, "removal", self._measured(self.here))
-        for method, one in (("preference vector", vector), ("one-sided vector", one_sided)):
-            if one is not None:
-                self.steered(method, one)
-        if vector is not None:
-            self.together(closed, vector)
-        self.instructed([*instructions, _few_shot(examples)])
-        self.chosen(concept, best_of)
-        self.bar.close()
-
-    def steered(self, method: str, intervention: Intervention) -> None:
-        """Calibrate one intervention to every budget and run it."""
-        search = Search(method, dial(self.model, self.tokenizer, self.development, intervention), self.trials)
-        with Controller(self.model, [intervention]) as control:
-
-            def under(amount: Any, writer: Writer) -> dict[str, Measure]:
-                with control.using(**{intervention.name: amount}):
-                    return self._measured(writer)
-
-            self._swept(method, search, under)
-            control.using(**{intervention.name: intervention.amount})
-
-    def together(self, closed: Mapping[str, Intervention], vector: Intervention) -> None:
-        """Scale both kinds at once, each from what it may spend alone."""
-        for budget in self.budgets:
-            ready_made = [m for m in closed if (m, budget) in self.places]
-            if not ready_made or ("preference vector", budget) not in self.places:
-                self.notes.append(f"both kinds: a part has no dose at {budget:g} nats a token")
-                continue
-            way = 1.0 if self.up else -1.0
-            scores = {way * self.scores[m, budget]: m for m in ready_made}
-            best = scores[max(scores)]
-            places = self.places[best, budget], self.places["preference vector", budget]
-            self._scaled(replace(closed[best], name="edit"), replace(vector, name="weights"), places, budget)
-
-    def _scaled(self, edit: Intervention, weights: Intervention, places: tuple[float, float], budget: float) -> None:
-        parts = (edit, weights)
-        dials = [dial(self.model, self.tokenizer, self.development, each) for each in parts]
-
-        def both(share: float) -> Any:
-            return {each.name: amount(share * place) for each, amount, place in zip(parts, dials, places, strict=True)}
-
-        with Controller(self.model, parts) as control:
-
-            def under(amount: Any, writer: Writer) -> dict[str, Measure]:
-                with control.using(**amount):
-                    return self._measured(writer)
-
-            self._swept("both kinds", Search("both kinds", both, self.trials), under, (budget,))
-
-    def randomly(self, constant: Addition) -> None:
-        """Take the constant addition's amounts along directions that mean nothing."""
-        generator = torch.Generator().manual_seed(self.sampling.seed)
-        anywhere = {
-            layer: torch.nn.functional.normalize(torch.randn(len(u), generator=generator), dim=0)
-            for layer, u in constant.directions.items()
-        }
-        for cell in [c for c in self.cells if c.method == "constant addition"]:
-            random = replace(constant, directions=anywhere, amount=cell.amount)
-            with Controller(self.model, [random]):
-                self._keep("random direction", cell.budget, cell.amount, None, self._measured(self.here))
-
-    def instructed(self, instructions: Sequence[str]) -> None:
-        """Take the instruction that does best on the development prompts, at full and at lower doses."""
-        found = {}
-        for instruction in instructions:
-            writer = Prompted(self.decoder, self.tokenizer, self.development, instruction)
-            found[instruction] = self._measured(writer, panel=False)[self.goal].estimate.value
-        best = max(found, key=lambda i: found[i] if self.up else -found[i])
-        self.notes.append(f"the instruction that did best on the development prompts: {best!r}")
-
-        def under(share: float, writer: Writer) -> dict[str, Measure]:
-            prompts = self.prompts if writer is self.here else self.development
-            return self._measured(Prompted(self.decoder, self.tokenizer, prompts, best, share))
-
-        self._swept("prompting", Search("prompting", lambda t: t, self.trials), under)
-        self._keep("prompting", None, 1.0, None, under(1.0, self.here))
-
-    def chosen(self, concept: Concept, most: int) -> None:
-        """Take the best of n samples by the concept's probe, which is no scorer of these figures."""
-        probe = ready.probe(concept, self.model, self.tokenizer)
-        way = 1.0 if self.up else -1.0
-        length = self.arms[UNSTEERED]["length"].value
-        for budget in self.budgets:
-            count = max((n for n in range(1, most + 1) if math.log(n) - (n - 1) / n <= budget * length), default=1)
-            if count == 1:
-                self.notes.append(f"best of n: {budget:g} nats a token do not pay for two samples")
-                continue
-            if count == most:
-                self.notes.append(f"best of n: {budget:g} nats a token would pay for more than best_of={most}")
-            writer = BestOf(
-                self.decoder, self.tokenizer, self.prompts, count, lambda p, c: [way * score for score in probe(p, c)]
-            )
-            measures = self._measured(writer)
-            # Each token is the model's own; what choosing costs is known of the whole text.
-            spent = [writer.divergence / n for n in measures["length"].values]
-            for key in ("kl", "kl_p90"):
-                measures[key] = replace(measures[key], values=tuple(spent))
-            self._keep("best of n", budget, count, None, measures)
-
-    def _swept(
-        self,
-        method: str,
-        search: Search,
-        under: Callable[[Any, Writer], dict[str, Measure]],
-        budgets: Sequence[float] | None = None,
-    ) -> None:
-        search.measure = lambda amount: under(amount, self.there)
-        for budget in budgets or self.budgets:
-            try:
-                with self._noting():
-                    found = search.within(budget)
-            except CalibrationError as error:
-                self.notes.append(f"{method}: {error}")
-                continue
-            self.places[method, budget] = found.chosen.place
-            self.scores[method, budget] = found.chosen.measures[self.goal].estimate.value
-            self._keep(method, budget, found.amount, None, under(found.amount, self.here))
-
-    @contextmanager
-    def _noting(self) -> Iterator[None]:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            yield
-        for each in caught:
-            if issubclass(each.category, SteerkitWarning):
-                self.notes.append(str(each.message))
-            else:
-                warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
-
-    def _measured(self, writer: Writer, panel: bool = True) -> dict[str, Measure]:
-        found, self._shown, self._written = measured(writer, self.scorers, self.sampling, panel=panel)
-        return found
-
-    def _keep(
-        self, method: str | None, budget: float | None, amount: Any, arm: str | None, measures: Mapping[str, Measure]
-    ) -> None:
-        arm = arm or (f"{method} at {budget:g}" if budget is not None else f"{method}, whole")
-        settings = {**asdict(self.sampling), "amount": amount}
-        self.arms[arm] = Arm(measures, tuple(self._shown), tuple(self._written), settings)
-        if method is not None:
-            self.cells.append(Cell(method, budget, arm, amount))
-        self.bar.update()
-
-
-def _few_shot(examples: Sequence[Text]) -> str:
-    """Return three of the texts as examples to follow."""
-    texts = [each if isinstance(each, str) else each[-1]["content"] for each in examples[:3]]
-    return "Here are texts of the kind that is wanted.\n\n" + "\n\n".join(texts) + "\n\nAnother one of the same kind:"
+    dice = np.random.default_rng(seed)
+    classes = [dice.permutation(list(each)) for each in (rows[:count], rows[count:])]
+    sides = [np.concatenate([each[half::2] for each in classes]).tolist() for half in (0, 1)]
+    mean = {layer: [both[layer][side].mean(dim=0) for side in sides] for layer in both.layers}
+    turned = {layer: F.normalize(first - second, dim=0) for layer, (first, second) in mean.items()}
+    return concept, replace(concept, directions={**concept.directions, "mean_difference": turned})

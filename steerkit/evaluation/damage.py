@@ -33,21 +33,19 @@ def replayed(writer: Writer, rows: Continued, part: Sequence[int]) -> list[Row]:
     if not writer.plain:
         with unsteered(decoder.model):
             plain, states = read(decoder, rows, last)
-    assert moved is not None
-    assert states is not None
     found = []
     for row, real in enumerate(rows.real):
         here, there = (F.log_softmax(logits[row, real].float(), dim=-1) for logits in (steered, plain))
         tokens = rows.new[row, real]
-        shift = (moved[row, real] - states[row, real]).norm(dim=-1) / states[row, real].norm(dim=-1)
-        found.append(
-            {
-                "kl": float(F.kl_div(there, here, reduction="none", log_target=True).sum(dim=-1).mean().clamp(min=0)),
-                "perplexity": float(-there.gather(-1, tokens[:, None]).mean()),
-                "entropy": float(-(here.exp() * here).sum(dim=-1).mean()),
-                "displacement": float(shift.mean()),
-            }
-        )
+        measures = {
+            "kl": float(F.kl_div(there, here, reduction="none", log_target=True).sum(dim=-1).mean().clamp(min=0)),
+            "perplexity": float(-there.gather(-1, tokens[:, None]).mean()),
+            "entropy": float(-(here.exp() * here).sum(dim=-1).mean()),
+        }
+        if moved is not None and states is not None:
+            shift = (moved[row, real] - states[row, real]).norm(dim=-1) / states[row, real].norm(dim=-1)
+            measures["displacement"] = float(shift.mean())
+        found.append(measures)
     return found
 
 

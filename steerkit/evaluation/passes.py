@@ -75,6 +75,9 @@ class Continued:
 class Writer:
     """The model as it stands, steered or not: it continues prompts, and tells what each token was drawn from."""
 
+    drawn = 1
+    """Rows that run for each one that is kept."""
+
     def __init__(self, decoder: Decoder, tokenizer: Any, prompts: Sequence[Text]) -> None:
         self.decoder = decoder
         self.tokenizer = tokenizer
@@ -101,7 +104,7 @@ class Writer:
         )
 
     def read(self, rows: Continued, part: Sequence[int], layer: int | None = None) -> tuple[Tensor, Tensor | None]:
-        """Return the logits that each new token was drawn from; see `read`."""
+        """Return the logits that each new token was drawn from, and the states after a layer if there is one stream of them."""
         return read(self.decoder, rows, layer)
 
     @property
@@ -161,7 +164,10 @@ class Prompted(Writer):
     ) -> None:
         super().__init__(decoder, tokenizer, prompts)
         self.share = share
-        self.instructed = tokenise(tokenizer, [instructed(prompt, instruction) for prompt in prompts])
+        try:
+            self.instructed = tokenise(tokenizer, [instructed(prompt, instruction) for prompt in prompts])
+        except TextsError:  # templates without a system's turn refuse one
+            self.instructed = tokenise(tokenizer, [instructed(prompt, instruction, "user") for prompt in prompts])
 
     @property
     def plain(self) -> bool:
@@ -185,9 +191,9 @@ class Prompted(Writer):
         start = Continued.of(prompts, [[]] * len(prompts), self._device)
         ids, mask = torch.cat([start.ids, rows.new], dim=1), torch.cat([start.mask, rows.real.long()], dim=1)
         longer = Continued(ids, mask, start.width, rows.each)
-        there, states = read(self.decoder, longer, layer)
+        there, _ = read(self.decoder, longer)
         here, _ = read(self.decoder, rows)
-        return blended(here, there, self.share), states
+        return blended(here, there, self.share), None
 
 
 class BestOf(Writer):
@@ -195,7 +201,7 @@ class BestOf(Writer):
 
     def __init__(self, decoder: Decoder, tokenizer: Any, prompts: Sequence[Text], count: int, chooser: Any) -> None:
         super().__init__(decoder, tokenizer, prompts)
-        self.count = count
+        self.count = self.drawn = count
         self.chooser = chooser
 
     def write(self, part: Sequence[int], sampling: Sampling) -> Continued:
@@ -212,11 +218,15 @@ class BestOf(Writer):
         return math.log(self.count) - (self.count - 1) / self.count
 
 
-def instructed(prompt: Text, instruction: str) -> Text:
-    """Return a prompt under an instruction: before the text, or as the system's message of a conversation."""
+def instructed(prompt: Text, instruction: str, role: str = "system") -> Text:
+    """Return a prompt under an instruction: before the text, or before the first turn of that role in a conversation."""
     if isinstance(prompt, str):
         return f"{instruction}\n\n{prompt}"
-    return [{"role": "system", "content": instruction}, *(dict(m) for m in prompt if m["role"] != "system")]
+    place = next((i for i, message in enumerate(prompt) if message["role"] == role), None)
+    if place is None:
+        return [{"role": role, "content": instruction}, *prompt]
+    joined = {**prompt[place], "content": f"{instruction}\n\n{prompt[place]['content']}"}
+    return [*prompt[:place], joined, *prompt[place + 1 :]]
 
 
 def blended(plain: Tensor, instructed: Tensor, share: float) -> Tensor:
@@ -232,22 +242,28 @@ class _Blend(LogitsProcessor):
         self._ids, self._mask = plain.ids, plain.mask
         self._share = share
         self._cache: Any = None
+        self._begun = False
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self._share == 1:
             return scores
-        if self._cache is not None:
-            self._ids = input_ids[:, -1:]
+        if self._begun:
+            new = input_ids[:, -1:]
+            self._ids = torch.cat([self._ids, new], dim=1) if self._cache is None else new
             self._mask = torch.cat([self._mask, torch.ones_like(self._mask[:, :1])], dim=1)
+        self._begun = True
         places = (self._mask.cumsum(dim=-1) - 1).clamp(min=0)[:, -self._ids.shape[1] :]
+        given = {} if self._cache is None else {"past_key_values": self._cache}
         out = self._decoder.model(
             input_ids=self._ids,
             attention_mask=self._mask,
-            past_key_values=self._cache,
             use_cache=True,
             **_places(self._decoder, places),
+            **_last(self._decoder, 1),
+            **given,
         )
-        self._cache = out.past_key_values
+        # Without such a cache (mamba keeps its own kind) the whole sequence runs again.
+        self._cache = getattr(out, "past_key_values", None)
         return blended(out.logits[:, -1], scores, self._share)
 
 
@@ -277,6 +293,13 @@ def _places(decoder: Decoder, places: Tensor) -> dict[str, Tensor]:
     return {"position_ids": places} if "position_ids" in inspect.signature(decoder.model.forward).parameters else {}
 
 
+def _last(decoder: Decoder, positions: int) -> dict[str, Any]:
+    """Ask for the logits of the last positions only, of a model that can leave out the others."""
+    return (
+        {"logits_to_keep": positions} if "logits_to_keep" in inspect.signature(decoder.model.forward).parameters else {}
+    )
+
+
 @torch.no_grad()
 def read(decoder: Decoder, rows: Continued, layer: int | None = None) -> tuple[Tensor, Tensor | None]:
     """Return the logits that each new token was drawn from, `"row new vocabulary"`, in one pass without a cache.
@@ -285,9 +308,7 @@ def read(decoder: Decoder, rows: Continued, layer: int | None = None) -> tuple[T
     """
     model = decoder.model
     length = rows.ids.shape[1] - rows.width
-    given: dict[str, Any] = {"use_cache": False, **_places(decoder, (rows.mask.cumsum(dim=-1) - 1).clamp(min=0))}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        given["logits_to_keep"] = length + 1
+    given = {**_places(decoder, (rows.mask.cumsum(dim=-1) - 1).clamp(min=0)), **_last(decoder, length + 1)}
     kept: list[Tensor] = []
     handle = None
     if layer is not None:
@@ -297,7 +318,7 @@ def read(decoder: Decoder, rows: Continued, layer: int | None = None) -> tuple[T
         )
     try:
         with continuing(model, rows.mask[:: rows.each, : rows.width]):
-            logits = model(input_ids=rows.ids, attention_mask=rows.mask, **given).logits
+            logits = model(input_ids=rows.ids, attention_mask=rows.mask, use_cache=False, **given).logits
     finally:
         if handle is not None:
             handle.remove()

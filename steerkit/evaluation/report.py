@@ -4,6 +4,7 @@ Rows of one prompt are not independent, so intervals resample prompts (clusters)
 same prompts, so that they are compared prompt by prompt.
 """
 
+import base64
 import hashlib
 import html
 import json
@@ -112,7 +113,8 @@ class Measure:
             for at, value in zip(place, values, strict=True):
                 rows[at, seen[at]] = value
                 seen[at] += 1
-            return np.nanquantile(rows[picks].reshape(len(picks), -1), 0.9, axis=1)
+            quantile = np.nanquantile if np.isnan(rows).any() else np.quantile
+            return quantile(rows[picks].reshape(len(picks), -1), 0.9, axis=1)
         sums = np.bincount(place, weights * values, count)[picks].sum(axis=1)
         totals = np.bincount(place, weights, count)[picks].sum(axis=1)
         return sums / totals
@@ -295,14 +297,30 @@ class Report:
             ]
         )
 
-    def save_html(self, path: str | os.PathLike[str], *, base: str | None = None, texts: bool = False) -> None:
+    def save_html(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        base: str | None = None,
+        texts: bool = False,
+        above: Sequence[Sequence[str]] = (),
+        figure: bytes | None = None,
+        notes: Sequence[str] = (),
+    ) -> None:
         """Write a page that needs no other file; texts only on request, for several data sets are offensive.
+
+        `above` is a table that comes first, lines of cells with the head as the first, `figure` a PNG, `notes` a list
+        beneath them.
 
         Raises:
             ArtefactError: the file cannot be written.
             ReportError: no such base.
         """
-        parts = [_html(self.figures(), self.measures)]
+        parts = [_table(above)] if above else []
+        if figure is not None:
+            parts.append(f'<img alt="" src="data:image/png;base64,{base64.b64encode(figure).decode()}">')
+        parts += [f"<ul>{''.join(f'<li>{html.escape(note)}</li>' for note in notes)}</ul>"] if notes else []
+        parts.append(_html(self.figures(), self.measures))
         if base is not None:
             parts += [f"<h2>Against {html.escape(base)}, paired by prompt (perplexity: the ratio)</h2>"]
             parts += [_html(self.figures(base), self.measures)]
@@ -358,7 +376,11 @@ def _markdown(figures: Mapping[str, Mapping[str, Estimate]], measures: Sequence[
 
 
 def _html(figures: Mapping[str, Mapping[str, Estimate]], measures: Sequence[str]) -> str:
-    head, *rows = _lines(figures, measures)
-    lines = ["".join(f"<th>{html.escape(cell)}</th>" for cell in head)]
-    lines += ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
-    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+    return _table(_lines(figures, measures))
+
+
+def _table(lines: Sequence[Sequence[str]]) -> str:
+    head, *rows = lines
+    cells = ["".join(f"<th>{html.escape(cell)}</th>" for cell in head)]
+    cells += ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
+    return "<table>" + "".join(f"<tr>{line}</tr>" for line in cells) + "</table>"

@@ -191,7 +191,7 @@ def measured(
     writer.refuse_long(sampling.max_new_tokens)
     rows: list[dict[str, float]] = []
     completions: list[str] = []
-    size = max(1, sampling.batch_size // sampling.samples)
+    size = max(1, sampling.batch_size // (sampling.samples * writer.drawn))
     bar = tqdm(total=len(prompts), desc="evaluating", unit="prompt", disable=not progress)
     with bar:
         for start in range(0, len(prompts), size):
@@ -226,7 +226,7 @@ def _gathered(rows: Sequence[Mapping[str, float]], clusters: tuple[int, ...], so
     def measure(key: str, shown: Any = "mean", weights: tuple[float, ...] = ()) -> Measure:
         return Measure(tuple(row[key] for row in rows), clusters, weights, "damage", shown, source)
 
-    return {
+    found = {
         "kl": measure("kl", weights=lengths),
         "kl_p90": measure("kl", "p90"),
         "perplexity": measure("perplexity", "exp", lengths),
@@ -234,8 +234,10 @@ def _gathered(rows: Sequence[Mapping[str, float]], clusters: tuple[int, ...], so
         "repetition": measure("repetition"),
         "distinct_2": measure("distinct_2"),
         "length": measure("length"),
-        "displacement": measure("displacement", weights=lengths),
     }
+    if "displacement" in rows[0]:
+        found["displacement"] = measure("displacement", weights=lengths)
+    return found
 
 
 def _called(
