@@ -118,8 +118,8 @@ def calibrate(
         scorer: a function `(prompts, completions) -> scores`, or a concept, whose probe then reads the text; with `target`.
         target: the mean score to reach.
         budget: the largest mean KL a token from the unsteered model, in nats.
-        between: least and largest amount to try, of one sign (by layer: of the largest); by default up to half the residual norm, a magnitude of 2 for a
-            preference vector, and bounds from .01 to 1 - 1e-6 (or .99 to 1e-6).
+        between: least and largest amount to try, of one sign (by layer: of the largest); by default up to half the residual
+            norm, a magnitude of 2 for a preference vector, and bounds from .01 to 1 - 1e-6 (or .99 to 1e-6).
         trials: most amounts to try.
         max_new_tokens: tokens a continuation.
         samples: continuations of each prompt.
@@ -148,7 +148,7 @@ def calibrate(
     amounts = dial(model, tokenizer, prompts, intervention, between)
     search = Search(intervention.name, amounts, trials)
     with evaluating(decoder.model):
-        plain = None if budget is not None else measured(writer, by_name, sampling)[0]["score"]
+        plain = None if budget is not None else measured(writer, by_name, sampling, panel=False)[0]["score"]
         with Controller(model, [intervention]) as control:
 
             def measure(amount: Amount) -> dict[str, Measure]:
