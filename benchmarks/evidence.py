@@ -298,7 +298,7 @@ def gapo_trainings(run):
             arm,
             *(signed(f[key]) for key in keys),
             f"{100 * f['opposed']:.0f} %",
-            f"{100 * f['share of noise']:.0f} %",
+            "" if f["share of noise"] is None else f"{100 * f['share of noise']:.0f} %",
             ", ".join(f"{f[f'signal {name}']:+.2f}" for name in ("positive", "ten_words", "noise")),
         )
         for arm, f in run["figures"].items()
@@ -433,6 +433,12 @@ def main():
                 ("ten words", "ten_words"),
                 ("log perplexity", "log_perplexity"),
             )
+        ),
+        "gapo_range": ", ".join(
+            f"{v:.2f}" for v in sorted(load("gapo_training")["figures"]["GAPO p = 1"]["seeds"]["positive"])
+        ),
+        "gdpo_range": ", ".join(
+            f"{v:.2f}" for v in sorted(load("gapo_training")["figures"]["GDPO"]["seeds"]["positive"])
         ),
         "gapo_auc": f"{load('gapo_training')['scorer_auc']:.2f}",
         "gapo_training_how": how(load("gapo_training")),

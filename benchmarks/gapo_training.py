@@ -160,7 +160,11 @@ def main() -> None:
     changes = ("positive", "VADER", "ten_words", "worst in deviations", "log_perplexity")
     shares = ("opposed", "share of noise", "signal positive", "signal ten_words", "signal noise")
     rows = [
-        [arm, *("{:+.2f} [{:+.2f} {:+.2f}]".format(*f[key]) for key in changes), *(f"{f[key]:+.2f}" for key in shares)]
+        [
+            arm,
+            *("{:+.2f} [{:+.2f} {:+.2f}]".format(*f[key]) for key in changes),
+            *("" if f[key] is None else f"{f[key]:+.2f}" for key in shares),
+        ]
         for arm, f in found["figures"].items()
     ]
     table(rows, ["change on held-out openings", *changes, *shares])
@@ -184,7 +188,8 @@ def summary(runs: list[dict[str, Any]], before: dict[str, list[float]], seed: in
     found["worst is"] = worst
     names = ("positive", "ten_words", "noise")
     pulls = {n: np.mean([run_[f"gapo/weight/{n}"][1] * run_[f"gapo/norm/{n}"][1] for run_ in runs]) for n in names}
-    found["share of noise"] = float(pulls["noise"] / sum(pulls.values()))
+    # GDPO sums advantages before there are gradients, so what it weighs them with is not a weight of theirs.
+    found["share of noise"] = None if runs[0]["arm"] == "GDPO" else float(pulls["noise"] / sum(pulls.values()))
     found["opposed"] = float(np.mean([run_["gapo/opposed"][1] for run_ in runs]))
     found |= {f"signal {n}": float(np.mean([run_[f"gapo/signal/{n}"][1] for run_ in runs])) for n in names}
     found["trained"] = {

@@ -32,8 +32,9 @@ _SLACK = 1e-3
 def gapo_weights(gramian: Tensor, *, power: float = 1.0, preference: Sequence[float] | Tensor | None = None) -> Tensor:
     """Return the weights w of the objectives' losses: `alpha_i / n_i^power`, or `preference_i / n_i` (P-GAPO).
 
-    GAPO and P-GAPO, arXiv:2507.01915. A power of 0 is plain MGDA, 1 takes unit gradients, 2 inverts their lengths. The
-    weights are not rescaled: `sum_i w_i g_i` is the paper's update, of length about `n^(1 - power)`.
+    GAPO and P-GAPO, arXiv:2507.01915. A power of 0 is plain MGDA, 1 takes unit gradients, 2 inverts their lengths. Where
+    gradients are orthogonal, `w_i` is proportional to `n_i^(power - 2)`: 1 gives all objectives the same pull `w_i n_i`,
+    2 the same weight, which is linear scalarisation. The weights are not rescaled: `sum_i w_i g_i` is the paper's update, of length about `n^(1 - power)`.
 
     A zero gradient has no direction: with a power above 0 its objective gets weight 0 and leaves the problem. With power
     0 the point is Pareto-stationary, and the zero gradients get all the weight, so that the update is zero.
