@@ -23,7 +23,10 @@ _STATIONARY = 1e-6
 class BalanceConfig:
     """What GAPO adds to a trainer's arguments, and the defaults that it changes."""
 
-    power: float = field(default=1.0, metadata={"help": "p of the norm that each gradient is divided by; at least 0. 1 gives alike pulls."})
+    power: float = field(
+        default=1.0,
+        metadata={"help": "p of the norm that each gradient is divided by; at least 0. 1 gives alike pulls."},
+    )
     preference: list[float] | None = field(
         default=None, metadata={"help": "One share for each objective, of sum 1: P-GAPO, which has no common descent."}
     )
