@@ -8,10 +8,10 @@ no real token sees it, positions need no correction, and the caller's tokenizer 
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,9 @@ from tqdm.auto import tqdm
 
 from steerkit import storage
 from steerkit.errors import LayerError, TextsError
-from steerkit.hooks import rows_are_samples
-from steerkit.model import Fingerprint, evaluating, find_decoder, hidden_states_of, resolve_layers
-from steerkit.types import Layers, Text
-
-Read = Literal["last", "mean"]
+from steerkit.hooks import Prompts, rows_are_samples, unsteered
+from steerkit.model import Decoder, Fingerprint, evaluating, find_decoder, hidden_states_of, resolve_layers
+from steerkit.types import Layers, Read, Text
 
 _TOKENS_A_BATCH = 2048
 """Tokens, padding included, that run together by default: enough to fill the matmuls, little in memory."""
@@ -141,19 +139,39 @@ def record(
     states = {layer: torch.empty(len(tokens), decoder.d_model) for layer in chosen}
     device = decoder.model.get_input_embeddings().weight.device
     device = torch.device("cpu") if device.type == "meta" else device
-    reader = _Reader(read)
+    reader = _Reader()
     with ExitStack() as stack, torch.no_grad(), evaluating(decoder.model):
         for layer in chosen:
-            stack.callback(decoder.blocks[layer].register_forward_hook(reader.hook(layer)).remove)
+            stack.callback(decoder.blocks[layer].register_forward_hook(reader.hook(layer, read)).remove)
         bar = stack.enter_context(tqdm(total=len(texts), desc="recording", unit="text", disable=not progress))
         for rows in _batches(order, [len(ids) for ids in tokens], batch_size):
             padded, reader.mask = _pad([tokens[i] for i in rows])
             with rows_are_samples(decoder.model, rows, len(texts)):
                 decoder.body(input_ids=padded.to(device), attention_mask=reader.mask.to(device), use_cache=False)
             for layer in chosen:
-                states[layer][rows] = reader.kept[layer]
+                states[layer][rows] = reader.kept[layer, read]
             bar.update(len(rows))
     return Activations(states, read, Fingerprint.of(model), tuple(_digest(text) for text in texts))
+
+
+def read_prompts(
+    decoder: Decoder, prompts: Prompts, wanted: Iterable[tuple[int, Read]]
+) -> dict[tuple[int, Read], Tensor]:
+    """Return `{(layer, read): "sample d_model"}` as the plain model reads prompts, whatever is attached to it."""
+    reader = _Reader()
+    inputs = prompts.inputs
+    reader.mask = prompts.mask if prompts.mask is not None else torch.ones(inputs.shape[:2], dtype=torch.int64)
+    # Real tokens first: padding on the right needs no positions of its own.
+    order = reader.mask.int().argsort(dim=1, descending=True, stable=True)
+    reader.mask = reader.mask.gather(1, order)
+    order = order.to(inputs.device)
+    inputs = inputs.gather(1, order if inputs.ndim == 2 else order[..., None].expand_as(inputs))
+    with ExitStack() as stack, torch.no_grad(), evaluating(decoder.model), unsteered(decoder.model):
+        for layer, read in wanted:
+            stack.callback(decoder.blocks[layer].register_forward_hook(reader.hook(layer, read)).remove)
+        given = {"input_ids" if inputs.ndim == 2 else "inputs_embeds": inputs}
+        decoder.body(**given, attention_mask=reader.mask.int().to(inputs.device), use_cache=False)
+    return reader.kept
 
 
 def stored_fingerprint(stored: storage.Stored) -> Fingerprint | None:
@@ -166,22 +184,21 @@ def stored_fingerprint(stored: storage.Stored) -> Fingerprint | None:
 class _Reader:
     """Keeps one vector a row from each block's output."""
 
-    def __init__(self, read: Read) -> None:
-        self.read = read
+    def __init__(self) -> None:
         self.mask = torch.empty(0)
-        self.kept: dict[int, Tensor] = {}
+        self.kept: dict[tuple[int, Read], Tensor] = {}
 
-    def hook(self, layer: int) -> Any:
+    def hook(self, layer: int, read: Read) -> Any:
         def keep(module: nn.Module, args: tuple, output: Any) -> None:
             hidden = hidden_states_of(output)
             assert hidden is not None
             mask = self.mask.to(hidden.device)
             lengths = mask.sum(dim=-1)
-            if self.read == "last":
+            if read == "last":
                 kept = hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1].float()
             else:
                 kept = torch.einsum("bp,bpd->bd", mask.float(), hidden.float()) / lengths[:, None]
-            self.kept[layer] = kept.cpu()
+            self.kept[layer, read] = kept.cpu()
 
         return keep
 

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steerkit.conditions import Scaled
 from steerkit.errors import AmountError, AttachError, NotReachedError, SamplesError
 from steerkit.fold import Fold
-from steerkit.hooks import Clock, Listener, Moment
+from steerkit.gates import Gates
+from steerkit.hooks import Clock, Listener, Moment, Part, Prompts
 from steerkit.intervention import Amounts, Intervention, Site, WeightAddition
 from steerkit.maths.lowrank import Delta
 from steerkit.model import Fingerprint, find_decoder, resolve_layers
@@ -68,6 +70,9 @@ class Controller:
         self.interventions: tuple[Intervention, ...] = tuple(listed)
         self.record_magnitudes = record_magnitudes
         self._amounts = {each.name: each.read(each.amount) for each in listed}
+        self._gates = Gates(model, self._decoder, listed, check_model)
+        self._idle = False
+        """Set while paused: nothing is edited, decided or counted."""
         self._pass = Pass(recording=record_magnitudes)
         self._fold = Fold(self._decoder.model, self._folded(fold))
         self._sites = self._hooks(fold)
@@ -80,6 +85,8 @@ class Controller:
         self._stack: ExitStack | None = None
         self._ran = False
         self._recorded: Any = None
+        self._special = record_magnitudes or any(each.schedule is not None for each in listed)
+        """Whether hooks must always take their general form."""
 
     def __repr__(self) -> str:
         parts = "".join(f"\n  {each}," for each in self.interventions)
@@ -121,9 +128,15 @@ class Controller:
     def _refuse_unfoldable(self, amounts: Mapping[str, Amounts]) -> None:
         for name, changes in self._fold.changes.items():
             for each, _ in changes:
-                samples, place = amounts[each.name].samples, each.positions
-                if samples is not None or place != "all":
-                    found = f"{samples} of them" if samples is not None else f"positions={place!r}"
+                amount, place = amounts[each.name], each.positions
+                why = {
+                    f"{amount.samples} of them": amount.samples is not None,
+                    f"positions={place!r}": place != "all",
+                    "a condition": each.condition is not None or amount.scaled is not None,
+                    "a schedule": each.schedule is not None,
+                }
+                if any(why.values()):
+                    found = next(word for word, so in why.items() if so)
                     raise AmountError(
                         f"Magnitudes for each sample or for some positions cannot reach {name!r}: its change is written into "
                         f"the weights. Found {found} for {each.name!r}. Use a scalar magnitude at all positions, "
@@ -158,7 +171,9 @@ class Controller:
                     "Attach both first, then compile."
                 )
             layers = frozenset(layer for each in self.interventions for layer in each.layers)
-            listener = Listener(self._begin, self._check_samples, self._paused, self._counts, layers)
+            listener = Listener(
+                self._begin, self._check_samples, self._decide, self._conditional, self._paused, self._counts, layers
+            )
             clock.listeners.append(listener)
             stack.callback(clock.listeners.remove, listener)
             if self._fold:
@@ -173,6 +188,7 @@ class Controller:
                 for module in {id(m): m for m in (self._given, self._decoder.model)}.values():
                     stack.callback(module.register_forward_pre_hook(_refuse_columns, with_kwargs=True).remove)
             self._ran = False
+            self._gates.decided = {}
             self._write_amounts()
         except BaseException:
             stack.close()
@@ -239,7 +255,7 @@ class Controller:
             if kind is None:
                 raise
 
-    def using(self, **amounts: Amount) -> "_Using":
+    def using(self, **amounts: Amount | Scaled) -> "_Using":
         """Change amounts at once, in place; as a `with`, attach if needed and put the old amounts back at the end.
 
             with control.using(helpful=torch.linspace(0, 1, 8)):
@@ -256,6 +272,9 @@ class Controller:
                 f"`using` takes amounts by the names {sorted(by_name)}. Found {unknown or 'none'}. Check the spelling."
             )
         new = {**self._amounts, **{name: by_name[name].read(self._keyed(amount)) for name, amount in amounts.items()}}
+        for amount in amounts.values():
+            if isinstance(amount, Scaled):
+                self._gates.check(amount.reading)
         self._refuse_unfoldable(new)
         self._refuse_contradictions(new)
         self._fold.refuse_covered()
@@ -263,7 +282,7 @@ class Controller:
         self._set(new)
         return using
 
-    def _keyed(self, amount: Amount) -> Amount:
+    def _keyed(self, amount: Amount | Scaled) -> Amount | Scaled:
         """Return an amount with its layers, if it names any, counted from the front."""
         if not isinstance(amount, Mapping):
             return amount
@@ -271,6 +290,7 @@ class Controller:
 
     def _set(self, amounts: Mapping[str, Amounts]) -> None:
         self._amounts = dict(amounts)
+        self._gates.decided = {}
         if self._stack is not None:
             self._write_amounts()
 
@@ -280,29 +300,41 @@ class Controller:
             self._fold.write(self._amounts)
 
     def _write_hooks(self) -> None:
+        if self._idle:
+            current = {each.name: each.nothing for each in self.interventions}
+        else:
+            current = self._gates.current(self._amounts)
         for hook in self._sites:
             for index, each in enumerate(hook.interventions):
-                values, samples = self._amounts[each.name]
-                hook.write(index, each.column(values, hook.site.layer), samples)
+                amounts = current[each.name]
+                hook.write(index, each.column(amounts.values, hook.site.layer), amounts.samples)
+
+    def _conditional(self) -> bool:
+        return not self._idle and bool(self._gates.depending(self._amounts))
+
+    def _decide(self, prompts: Prompts, part: Part | None) -> None:
+        """Let prompts decide what is left of the amounts, and write that."""
+        if self._conditional():
+            self._check_samples(len(prompts.inputs) if part is None else part.total)
+            decided = self._gates.decide(prompts, part, self._amounts)
+            self._refuse_contradictions({**self._amounts, **decided})
+            self._gates.decided = decided
+            self._write_hooks()
 
     @contextmanager
     def _paused(self) -> Iterator[None]:
         """Within, nothing is edited, and nothing that runs counts as reached or is recorded."""
         kept = [(hook, hook.reached, hook.records) for hook in self._sites]
-        amounts, recorded, ran = self._amounts, self._recorded, self._ran
-        off = {
-            each.name: Amounts(torch.full((1, max(len(each.layers), 1)), each.off, dtype=torch.float64), None)
-            for each in self.interventions
-        }
+        idle, recorded, ran = self._idle, self._recorded, self._ran
         with self._fold.lifted():
             try:
-                self._amounts = off
+                self._idle = True
+                self._write_hooks()
                 for hook in self._sites:
-                    hook.switch_off()
                     hook.reached, hook.records = [False] * len(hook.interventions), []
                 yield
             finally:
-                self._amounts, self._recorded, self._ran = amounts, recorded, ran
+                self._idle, self._recorded, self._ran = idle, recorded, ran
                 for hook, reached, records in kept:
                     hook.reached, hook.records = reached, records
                 self._write_hooks()
@@ -339,7 +371,9 @@ class Controller:
             self._check_rows_compiled(moment)
             return
         self._check_samples(moment.samples)
-        ordinary = not self.record_magnitudes and not torch.is_autocast_enabled(moment.device.type)
+        if not self._idle:
+            self._gates.refuse_undecided(moment.samples, self._amounts)
+        ordinary = not self._special and not torch.is_autocast_enabled(moment.device.type)
         tails = {moment.tail(positions) for positions in self._block_positions}
         tail = tails.pop() if len(tails) == 1 else None
         self._pass.plain = ordinary and tail is not None and tail < moment.length
@@ -353,14 +387,16 @@ class Controller:
                     hook.records.clear()
 
     def _counts(self) -> frozenset[int]:
-        return frozenset(samples for _, samples in self._amounts.values() if samples is not None)
+        given = {} if self._idle else self._amounts
+        return frozenset(amounts.samples for amounts in given.values() if amounts.samples is not None)
 
     def _check_samples(self, found: int) -> None:
-        for name, (_, samples) in self._amounts.items():
-            if samples is not None and samples != found:
+        given = {} if self._idle else self._amounts
+        for name, amounts in given.items():
+            if amounts.samples is not None and amounts.samples != found:
                 raise SamplesError(
-                    f"{name!r} has amounts for {samples} samples but the batch has {found}. Pass one value a prompt.",
-                    expected=samples,
+                    f"{name!r} has amounts for {amounts.samples} samples but the batch has {found}. Pass one value a prompt.",
+                    expected=amounts.samples,
                     found=found,
                 )
 

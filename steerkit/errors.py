@@ -6,6 +6,7 @@
     ├── AttachError (RuntimeError)            a Controller used at the wrong moment
     ├── BaseModelMismatchError (ValueError)   an artefact that belongs to another model
     ├── CalibrationError (ValueError)         a target or a budget that no amount meets
+    ├── ConditionError (ValueError)           a condition or a schedule that decides nothing
     ├── DependentConceptsError (ValueError)   bounds at one layer that cannot all be met
     ├── LayerError (IndexError)               a layer that does not exist
     ├── MissingDependencyError (ImportError)  an optional package that is not installed
@@ -55,6 +56,10 @@ class BaseModelMismatchError(SteerkitError, ValueError):
 
 class CalibrationError(SteerkitError, ValueError):
     """A target cannot be reached, or a budget is broken by the smallest amount; `curve` holds what was tried."""
+
+
+class ConditionError(SteerkitError, ValueError):
+    """A condition or a schedule is of the wrong kind, always holds, never holds, or would change nothing."""
 
 
 class DependentConceptsError(SteerkitError, ValueError):

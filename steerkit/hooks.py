@@ -12,12 +12,12 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from steerkit.errors import AttachError, SamplesError
+from steerkit.errors import AttachError, ConditionError, SamplesError
 from steerkit.types import STREAMS, Where
 
 _CLOCK = "_steerkit_clock"
@@ -32,11 +32,22 @@ class Part:
         self.total = total
 
 
+class Prompts(NamedTuple):
+    """What is to be continued, a row a sample."""
+
+    inputs: Tensor
+    """`"sample pos"` tokens, or `"sample pos d_model"` embeddings."""
+    mask: Tensor | None
+    """`"sample pos"`: real tokens; None if all are."""
+
+
 class Generation:
     """One call of `generate`: its prompts. The prompt is all that was passed; a carried cache stays as it is."""
 
     def __init__(self, prompts: int, length: int, mask: Tensor | None) -> None:
         self.prompts = prompts
+        self.decided = False
+        """Whether the conditions of what is attached know these prompts."""
         self.length = length
         self.mask = None if mask is None or bool(mask.all()) else mask.bool()
         """`"prompt pos"`: real tokens of the prompts; None if there is no padding."""
@@ -75,6 +86,7 @@ class Moment:
         self.part = part
         self._mask = mask
         self._where: dict[str, Where] = {}
+        self._shares: dict[Callable[[Tensor], Tensor], Tensor] = {}
 
     @property
     def samples(self) -> int:
@@ -94,6 +106,20 @@ class Moment:
         """Return `"batch"`: which sample each row belongs to."""
         prompt = self.prompt_of_row()
         return prompt if self.part is None else self.part.samples.to(self.device)[prompt]
+
+    def share(self, of_steps: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return `"pos"`, what a schedule leaves at each column: 0 steps in the prompt, t at the t-th new token."""
+        if torch.compiler.is_compiling():
+            return of_steps(self._steps(self.start, self.device))
+        if of_steps not in self._shares:
+            self._shares[of_steps] = of_steps(self._steps(int(self.start), None))
+        return self._shares[of_steps]
+
+    def _steps(self, start: int | Tensor, device: torch.device | None) -> Tensor:
+        columns = torch.arange(self.length, device=device)
+        if self.generation is None:
+            return torch.zeros_like(columns)
+        return (start + columns - (self.generation.length - 1)).clamp(min=0)
 
     def tail(self, positions: str) -> int | None:
         """Return the column from which on `positions` names every place and before which none, if no mask need be read."""
@@ -196,6 +222,10 @@ class Listener:
     """Take note of a forward pass before its first block runs."""
     on_generate: Callable[[int], None]
     """Refuse to generate for another number of samples than there are amounts."""
+    on_prompts: Callable[[Prompts, Part | None], None]
+    """Decide what depends on the prompts."""
+    conditional: Callable[[], bool]
+    """Whether anything does."""
     paused: Callable[[], AbstractContextManager[None]]
     """Edit nothing for a while."""
     counts: Callable[[], frozenset[int]]
@@ -255,6 +285,35 @@ class Clock:
         stack.callback(restore)
         model.__dict__["generate"] = _Generate(self, original)
 
+    @property
+    def conditional(self) -> bool:
+        """Whether anything that is attached depends on the prompts."""
+        return any(listener.conditional() for listener in self.listeners)
+
+    def decide(self, prompts: Prompts, generation: Generation | None) -> None:
+        """Let what is attached decide by the prompts; a pass that reads them for that decides nothing."""
+        if generation is not None:
+            generation.decided = True
+        around, self.generations = self.generations, []
+        try:
+            for listener in self.listeners:
+                listener.on_prompts(prompts, self.part)
+        finally:
+            self.generations = around
+
+    def _undecided(self, generation: Generation | None, start: int | Tensor) -> bool:
+        """Tell whether a pass holds prompts that nobody has decided by: a replay's, or a bare pass that starts anew."""
+        if not self.conditional:
+            return False
+        if generation is not None:
+            return not generation.decided
+        if torch.compiler.is_compiling():
+            raise ConditionError(
+                "A condition reads the prompts in a pass of their own. Found a compiled forward pass outside generate, which "
+                "cannot run one. Use generate, or a pass that is not compiled."
+            )
+        return int(start) == 0
+
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Place a forward pass before its first block runs."""
         if torch.compiler.is_compiling():
@@ -271,7 +330,8 @@ class Clock:
             index = self._place.get(name, len(args))
             return args[index] if index < len(args) else None
 
-        tokens = next(t for name in STREAMS if (t := argument(name)) is not None)
+        stream = next(name for name in STREAMS if argument(name) is not None)
+        tokens = argument(stream)
         rows, length = tokens.shape[0], tokens.shape[1]
         generation = self.generations[-1] if self.generations else None
         if generation is not None and rows % generation.prompts:
@@ -283,7 +343,15 @@ class Clock:
         start = None if cache is None else _cache_length(cache)
         if start is None:
             start = 0 if generation is None else generation.advance(length)
-        moment = Moment(rows, length, start, tokens.device, argument("attention_mask"), generation, self.part)
+        mask = argument("attention_mask")
+        if self._undecided(generation, start):
+            if stream == "hidden_states":
+                raise ConditionError(
+                    f"A condition reads prompts as tokens or embeddings. Found that {type(module).__name__} is handed hidden "
+                    "states. Use generate."
+                )
+            self.decide(_prompts_of(tokens, mask, generation), generation)
+        moment = Moment(rows, length, start, tokens.device, mask, generation, self.part)
         for listener in self.listeners:
             listener.on_pass(moment)
 
@@ -311,6 +379,8 @@ class _Generate:
             listener.on_generate(generation.prompts if part is None else part.total)
         self._clock.generations.append(generation)
         try:
+            if self._clock.conditional:
+                self._clock.decide(_prompts_given(given, generation), generation)
             return self._original(*args, **kwargs)
         finally:
             self._clock.generations.pop()
@@ -402,6 +472,27 @@ def _describe(model: Any, given: dict[str, Any]) -> Generation:
             mask = None
     length = main.shape[1] if mask is None else mask.shape[1]
     return Generation(main.shape[0], length, mask)
+
+
+def _prompts_given(given: dict[str, Any], generation: Generation) -> Prompts:
+    """Return the prompts that were handed to `generate`."""
+    tokens = given.get("inputs_embeds")
+    for name in ("input_ids", "inputs"):
+        tokens = given.get(name) if tokens is None else tokens
+    found = 0 if tokens is None else tokens.shape[1]
+    if tokens is None or found != generation.length:
+        raise ConditionError(
+            f"A condition reads whole prompts. Found {found} columns of them for a mask of {generation.length}. Pass "
+            "input_ids or inputs_embeds from the first token on, a carried cache or not."
+        )
+    return Prompts(tokens, generation.mask)
+
+
+def _prompts_of(tokens: Tensor, mask: Any, generation: Generation | None) -> Prompts:
+    """Return the prompts that a pass begins with: all of a bare one, the first columns of a replay, each of them once."""
+    if generation is None:
+        return Prompts(tokens, _real_columns(mask, tokens.shape[0], tokens.shape[1], 0))
+    return Prompts(tokens[:: tokens.shape[0] // generation.prompts, : generation.length], generation.mask)
 
 
 def _inferred_mask(model: Any, tokens: Tensor, given: dict[str, Any]) -> Tensor | None:

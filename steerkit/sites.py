@@ -93,11 +93,35 @@ class Hook(ABC):
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
         """Return what the module put out as the interventions leave it."""
 
-    def _where(self, device: torch.device) -> list[Where]:
-        """Return which positions of this pass each intervention edits, and note that it was reached."""
-        where = [self.current.moment.where(each.positions) for each in self.interventions]
-        self.reached = [reached or here is not False for reached, here in zip(self.reached, where, strict=True)]
-        return [here.to(device) if isinstance(here, Tensor) else here for here in where]
+    def _where(self, device: torch.device) -> tuple[list[Where], list[Tensor | None]]:
+        """Return which positions of this pass each intervention edits and the share that is left there.
+
+        Positions are a mask `"batch pos"`, shares `"1 pos"`, or None for all of it. Notes what was reached; a traced pass must
+        not read what was reached before, or it would compile again.
+        """
+        found = [self._scheduled(each) for each in self.interventions]
+        where, shares = ([here for here, _ in found], [share for _, share in found])
+        if torch.compiler.is_compiling():
+            self.reached = [True] * len(where)
+        else:
+            self.reached = [reached or here is not False for reached, here in zip(self.reached, where, strict=True)]
+        return (
+            [here.to(device) if isinstance(here, Tensor) else here for here in where],
+            [share if share is None else share.to(device) for share in shares],
+        )
+
+    def _scheduled(self, each: Intervention) -> tuple[Where, Tensor | None]:
+        moment = self.current.moment
+        here = moment.where(each.positions)
+        if each.schedule is None or here is False:
+            return here, None
+        share = moment.share(each.schedule.factor)[None]
+        on = share != 0
+        if torch.compiler.is_compiling() or (bool(on.any()) and not bool(on.all())):
+            here = here & on.to(here.device) if isinstance(here, Tensor) else on
+        elif not bool(on.any()):
+            here = False
+        return here, None if each.schedule.whole else share
 
     def _keep(self, magnitudes: Sequence[Tensor | None], shape: torch.Size) -> None:
         kept = [m if m is None else m.detach().float().expand(shape).cpu().clone() for m in magnitudes]
@@ -129,6 +153,14 @@ class Hook(ABC):
         for start, shape, part in passes:
             whole[:, start : start + shape[1]] = 0.0 if part is None else part
         return whole
+
+
+def _shared(amounts: Sequence[Tensor], shares: Sequence[Tensor | None], last: int = 0) -> list[Tensor]:
+    """Return amounts, `"batch"`, or `"batch pos"` where a schedule leaves a share of them; a head sees the last positions."""
+    return [
+        amount if share is None else amount[:, None] * share[:, -last:].to(amount.dtype)
+        for amount, share in zip(amounts, shares, strict=True)
+    ]
 
 
 class BlockHook(Hook):
@@ -181,10 +213,10 @@ class BlockHook(Hook):
     def _edit_somewhere(self, hidden: Tensor) -> Tensor:
         if hidden.device != self.device:
             self._move(hidden.device)
-        where = self._where(hidden.device)
+        where, shares = self._where(hidden.device)
         if all(here is False for here in where) and not self.current.recording:
             return hidden
-        edited, magnitudes = self.edit.edit(hidden, self._row_amounts(), where)
+        edited, magnitudes = self.edit.edit(hidden, _shared(self._row_amounts(), shares), where)
         if self.current.recording:
             self._keep(magnitudes, hidden.shape[:2])
         return edited
@@ -192,10 +224,8 @@ class BlockHook(Hook):
     def _edit_traced(self, hidden: Any) -> Tensor:
         if self.current.recording:
             return self._edit_untraced(hidden)
-        moment = self.current.moment
-        where = [moment.where(each.positions) for each in self.interventions]
-        self.reached = [True] * len(self.interventions)
-        edited, _ = self.edit.edit(hidden, self._traced_amounts(hidden.device), where)
+        where, shares = self._where(hidden.device)
+        edited, _ = self.edit.edit(hidden, _shared(self._traced_amounts(hidden.device), shares), where)
         return edited
 
     @torch.compiler.disable
@@ -257,11 +287,13 @@ class LinearHook(Hook):
     def _edit_somewhere(self, input: Tensor, output: Tensor) -> Tensor:
         edit = self._fit(output)
         grid = self._grid(input, output)
-        where = [self._seen(here, grid) for here in self._where(output.device)]
+        places, shares = self._where(output.device)
+        where = [self._seen(here, grid) for here in places]
         if all(here is False for here in where) and not self.current.recording:
             return output
+        amounts = _shared(self._row_amounts(), shares, grid[1])
         edited, magnitudes = edit.edit(
-            input.reshape(*grid, input.shape[-1]), output.view(*grid, output.shape[-1]), self._row_amounts(), where
+            input.reshape(*grid, input.shape[-1]), output.view(*grid, output.shape[-1]), amounts, where
         )
         if self.current.recording and self.site.layer is not None:
             self._keep(magnitudes, torch.Size(grid))
@@ -269,8 +301,8 @@ class LinearHook(Hook):
 
     @property
     def everywhere(self) -> bool:
-        """Whether all its changes act at all positions."""
-        return all(each.positions == "all" for each in self.interventions)
+        """Whether all its changes act at all positions and steps."""
+        return all(each.positions == "all" and each.schedule is None for each in self.interventions)
 
     def _seen(self, here: Where, grid: tuple[int, int]) -> Where:
         """Return which of the positions that the module sees are edited; a head sees the last ones."""
@@ -296,10 +328,9 @@ class LinearHook(Hook):
         edit = self._edit
         assert edit is not None
         grid = self._grid(input, output)
-        moment = self.current.moment
-        where = [self._seen(moment.where(each.positions), grid) for each in self.interventions]
-        self.reached = [True] * len(self.interventions)
-        amounts = self._traced_amounts(output.device)
+        places, shares = self._where(output.device)
+        where = [self._seen(here, grid) for here in places]
+        amounts = _shared(self._traced_amounts(output.device), shares, grid[1])
         shape = [*grid, output.shape[-1]]
         edited, _ = edit.edit(input.reshape(*grid, input.shape[-1]), output.view(shape), amounts, where)
         return edited.view(output.shape)

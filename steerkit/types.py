@@ -32,5 +32,8 @@ DIRECTIONS: tuple[str, ...] = get_args(Direction)
 STREAMS = ("input_ids", "inputs_embeds", "hidden_states")
 """Arguments from which the module that owns the blocks may take its rows and positions."""
 
+Read: TypeAlias = Literal["last", "mean"]
+"""Where a text is read: at its last token, or the mean over its tokens."""
+
 Text: TypeAlias = str | Sequence[Mapping[str, Any]]
 """Plain text, or a conversation as a list of `{"role": ..., "content": ...}` messages."""

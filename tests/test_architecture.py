@@ -12,8 +12,9 @@ PACKAGE = Path(__file__).parents[1] / "steerkit"
 ROWS = [
     ["errors", "types", "maths"],
     ["model", "hooks", "storage"],
-    ["intervention", "conditions", "activations"],
-    ["sites", "fold", "concepts", "preferences", "gapo"],
+    ["conditions", "activations"],
+    ["intervention"],
+    ["sites", "fold", "gates", "concepts", "preferences", "gapo"],
     ["controller", "loading"],
     ["evaluation"],
     ["plots", "demo", "cli", "integrations"],

@@ -24,6 +24,7 @@ BUILTINS = {
     "AttachError": RuntimeError,
     "BaseModelMismatchError": ValueError,
     "CalibrationError": ValueError,
+    "ConditionError": ValueError,
     "DependentConceptsError": ValueError,
     "LayerError": IndexError,
     "MissingDependencyError": ImportError,
@@ -251,6 +252,12 @@ TABLE: dict[str, tuple[Trigger, str, list[str], dict[str, Any]]] = {
         lambda: Controller(model(), [random_addition(name="helpful")]).using(helpfull=1.0),
         "AmountError",
         [r"by the names \['helpful'\]", r"Found \['helpfull'\]", "Check the spelling"],
+        {},
+    ),
+    "a condition without a bound": (
+        lambda: concept().add(1.0).when(concept().reads()),
+        "ConditionError",
+        ["needs a bound", "Found P\\(toxicity", "reads\\(at_least=0.5\\)"],
         {},
     ),
     "dependent bounds": (

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from steerkit import storage
-from steerkit.activations import Activations, Read, checked_texts, record, stored_fingerprint
+from steerkit.activations import Activations, checked_texts, record, stored_fingerprint
 from steerkit.concepts.examples import (
     Groups,
     check_alike,
@@ -26,10 +26,11 @@ from steerkit.concepts.examples import (
     group_ids,
 )
 from steerkit.concepts.probe import Figures, Probe, at_chance, fit_probes, split
+from steerkit.conditions import Reading, Scaled
 from steerkit.errors import AmountError, LayerError, SteerkitWarning, TextsError
 from steerkit.intervention import Addition, Constraint, Erasure
 from steerkit.model import Fingerprint, find_decoder, resolve_layers
-from steerkit.types import DIRECTIONS, Amount, Direction, Layers, Positions, Text
+from steerkit.types import DIRECTIONS, Amount, Direction, Layers, Positions, Read, Text
 
 
 @dataclass(frozen=True, eq=False)
@@ -285,14 +286,44 @@ class Concept:
             found[layer] = float(sum(each.double().mean() for each in right)) / 2
         return found
 
+    def reads(
+        self, *, at_least: float | None = None, at_most: float | None = None, layer: int | None = None
+    ) -> Reading:
+        """Return what the probe reads from a prompt, before anything is edited: a condition for `Intervention.when`.
+
+            steps = harmless.add(1.0).when(harmful_request.reads(at_least=0.5) & ~fiction.reads(at_least=0.5))
+            harmless.add(harmful_request.reads().scaled(0, 1))  # an amount that follows the reading
+
+        `P = sigmoid(w . h + b)`, h the plain model's state at the prompt's last token, or its mean if the concept was fitted
+        with `read="mean"`.
+
+        Args:
+            at_least: holds for prompts with at least this probability.
+            at_most: holds for prompts with at most this one; with both, for those between.
+            layer: where; by default `best_layer`.
+
+        Raises:
+            ConditionError: a bound that is no probability, that every prompt meets, or two that none does.
+            LayerError: a layer that was not probed.
+        """
+        [layer] = self._own_layers(self.best_layer if layer is None else layer)
+        probe = self.probes[layer]
+        read = cast(Read, self.made.get("read", "last"))
+        return Reading(self.name, layer, probe.weight, probe.bias, at_least, at_most, read, self.fingerprint)
+
     def add(
-        self, magnitude: Amount, *, layers: Layers | None = None, positions: Positions = "all", name: str | None = None
+        self,
+        magnitude: Amount | Scaled,
+        *,
+        layers: Layers | None = None,
+        positions: Positions = "all",
+        name: str | None = None,
     ) -> Addition:
         """Return `h' = h + m u`, u the unit direction of `mover`.
 
         Args:
             magnitude: m, in units of the residual stream (`norms` tells how long the stream is): a number, one a
-                sample, `(samples, layers)`, or `{layer: either of the first two}`.
+                sample, `(samples, layers)`, `{layer: either of the first two}`, or `reading.scaled(low, high)`.
             layers: where; by default the single best layer, or the layers that `magnitude` names.
             positions: which tokens; all by default.
             name: the key within a Controller; the concept's name by default.
@@ -322,8 +353,8 @@ class Concept:
     def constrain(
         self,
         *,
-        at_most: Amount | None = None,
-        at_least: Amount | None = None,
+        at_most: Amount | Scaled | None = None,
+        at_least: Amount | Scaled | None = None,
         layers: Layers | None = None,
         positions: Positions = "last",
         max_magnitude: float | None = None,
@@ -352,7 +383,7 @@ class Concept:
                 f"Exactly one of `at_most` and `at_least` is required. Found {found}. For a band, use two constraints "
                 "and give one of them a `name`."
             )
-        bound = cast(Amount, at_least if at_most is None else at_most)
+        bound = cast(Amount | Scaled, at_least if at_most is None else at_most)
         chosen = self._chosen(layers, bound, self.steering_layers)
         movers = self._movers(chosen)
         for layer in chosen:
@@ -383,7 +414,7 @@ class Concept:
             return self._own_layers(layers)
         return self._own_layers(tuple(amount)) if isinstance(amount, Mapping) else default
 
-    def _keyed(self, amount: Amount) -> Amount:
+    def _keyed(self, amount: Amount | Scaled) -> Amount | Scaled:
         """Return an amount with its layers, if it names any, as the model counts them."""
         if not isinstance(amount, Mapping):
             return amount

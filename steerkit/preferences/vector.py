@@ -15,6 +15,7 @@ from torch import Tensor
 
 from steerkit import storage
 from steerkit.activations import stored_fingerprint
+from steerkit.conditions import Scaled
 from steerkit.errors import AttachError, BaseModelMismatchError, LayerError, PolicyError, TrainingError
 from steerkit.intervention import WeightAddition
 from steerkit.maths.lowrank import (
@@ -364,7 +365,7 @@ class PreferenceVector:
 
     def add(
         self,
-        magnitude: Amount = 1.0,
+        magnitude: Amount | Scaled = 1.0,
         *,
         layers: Layers | None = None,
         positions: Positions = "all",
@@ -377,7 +378,8 @@ class PreferenceVector:
         `concept.score` on texts recorded inside the Controller.
 
         Args:
-            magnitude: m: a number, one a sample, `(samples, layers)`, or `{layer: either of the first two}`.
+            magnitude: m: a number, one a sample, `(samples, layers)`, `{layer: either of the first two}`, or
+                `reading.scaled(low, high)`.
             layers: decoder blocks; by default every changed parameter, in the blocks and outside of them.
             positions: tokens at which the weights differ; all by default, as merged weights would.
             name: the key within a Controller; the vector's name by default.
