@@ -13,7 +13,7 @@ ROWS = [
     ["errors", "types", "maths"],
     ["model", "hooks", "storage"],
     ["conditions", "activations"],
-    ["intervention"],
+    ["intervention", "passes"],
     ["sites", "fold", "gates", "concepts", "preferences", "gapo"],
     ["controller", "loading"],
     ["evaluation"],

@@ -57,6 +57,20 @@ def test_fit_takes_json_lines_layers_and_direction(folder: Path) -> None:
     assert load(out).direction == "pattern"
 
 
+@pytest.mark.filterwarnings("ignore:No probe")
+def test_fit_from_a_description(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from steerkit.concepts import texts
+
+    monkeypatch.setattr(texts, "default_requests", lambda: [f"w{i} w{i + 20}" for i in range(10)])
+    out = folder / "described.safetensors"
+    words = ["--describe", "w5 / w7", "--model", str(folder / "model"), "-o", str(out)]
+    done = run("concept", "fit", "described", *words, "--json")
+    assert done.exit_code == 0, done.output
+    made = json.loads(done.stdout)["made"]
+    assert 3 <= made["positive"] <= 10
+    assert load(out).name == "described"
+
+
 def test_inspect_shows_every_layer(folder: Path) -> None:
     done = run("concept", "inspect", str(folder / "warm.safetensors"))
     assert done.exit_code == 0
@@ -99,6 +113,9 @@ def test_generate_takes_names_bands_and_chat(folder: Path, monkeypatch: pytest.M
             ["concept", "fit", "x", "--positive", "yes.txt", "--negative", "no.txt", "--layers", "40", "-m", "model"],
             "40",
         ),
+        (["concept", "fit", "x", "--positive", "yes.txt"], "Found --positive"),
+        (["concept", "fit", "x"], "none of them"),
+        (["concept", "fit", "x", "--positive", "yes.txt", "--negative", "no.txt", "--describe", "w1"], "or --describe"),
         (["concept", "fit", " ", "--positive", "yes.txt", "--negative", "no.txt", "-m", "model"], "needs a name"),
         (["generate", "w1", "--at-most", "warm"], "NAME=NUMBER"),
         (["generate", "w1", "--at-most", "warm=2", "-m", "model"], "probability"),

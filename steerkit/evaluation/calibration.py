@@ -17,13 +17,13 @@ from steerkit.concepts.concept import Concept
 from steerkit.controller import Controller
 from steerkit.errors import AmountError, CalibrationError, SteerkitWarning
 from steerkit.evaluation import scorers as ready
-from steerkit.evaluation.passes import Writer
 from steerkit.evaluation.report import Estimate, Measure, markdown
 from steerkit.evaluation.run import checked_sampling, measured, named
 from steerkit.evaluation.scorers import Scorer
 from steerkit.hooks import unsteered
 from steerkit.intervention import Addition, Constraint, Erasure, Intervention
 from steerkit.model import evaluating, find_decoder
+from steerkit.passes import Writer
 from steerkit.types import Amount, Text
 
 _NEAR = 0.05

@@ -23,12 +23,12 @@ from steerkit.controller import Controller
 from steerkit.errors import AmountError, ArtefactError, TextsError
 from steerkit.evaluation.calibration import dial
 from steerkit.evaluation.contest import UNSTEERED, Cell, Contest
-from steerkit.evaluation.passes import Prompted, Writer
 from steerkit.evaluation.report import Estimate, Report, digest, markdown
 from steerkit.evaluation.run import Scorers, checked_sampling, named
 from steerkit.hooks import steered
 from steerkit.intervention import Intervention
 from steerkit.model import Fingerprint, evaluating, find_decoder
+from steerkit.passes import Prompted, Writer
 from steerkit.types import Text
 
 BUDGETS = (0.03, 0.1, 0.3)

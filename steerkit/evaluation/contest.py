@@ -16,12 +16,12 @@ from steerkit.controller import Controller
 from steerkit.errors import AmountError, CalibrationError, SteerkitWarning, TextsError
 from steerkit.evaluation import scorers as ready
 from steerkit.evaluation.calibration import Search, dial
-from steerkit.evaluation.passes import BestOf, Prompted, Sampling, Writer
 from steerkit.evaluation.report import Arm, Measure
 from steerkit.evaluation.run import measured
 from steerkit.evaluation.scorers import Scorer
 from steerkit.intervention import Addition, Intervention
 from steerkit.model import Decoder
+from steerkit.passes import BestOf, Prompted, Sampling, Writer
 from steerkit.types import Text
 
 UNSTEERED = "unsteered"

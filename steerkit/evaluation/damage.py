@@ -10,10 +10,10 @@ import torch.nn.functional as F
 
 from steerkit.activations import checked_texts, tokenise
 from steerkit.errors import TextsError
-from steerkit.evaluation.passes import Continued, Writer, device_of, read, refuse_long
 from steerkit.evaluation.report import Measure, digest
 from steerkit.hooks import layers_steered, unsteered
 from steerkit.model import Decoder
+from steerkit.passes import Continued, Writer, device_of, read, refuse_long
 
 Row = dict[str, float]
 

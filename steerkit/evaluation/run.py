@@ -10,11 +10,11 @@ from tqdm.auto import tqdm
 from steerkit.activations import checked_texts
 from steerkit.errors import AmountError, SamplesError, ScorerError
 from steerkit.evaluation import damage
-from steerkit.evaluation.passes import Sampling, Writer
 from steerkit.evaluation.report import Arm, Measure, Report, digest
 from steerkit.evaluation.scorers import Scorer, refusal
 from steerkit.hooks import rows_are_samples, samples_steered, steered
 from steerkit.model import evaluating, find_decoder
+from steerkit.passes import Sampling, Writer
 from steerkit.types import Text
 
 Scorers = Mapping[str, Scorer] | Iterable[Scorer] | Scorer

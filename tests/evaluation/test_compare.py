@@ -26,11 +26,11 @@ from steerkit.evaluation import report as report_module
 from steerkit.evaluation import scorers as ready
 from steerkit.evaluation.calibration import Search, dial
 from steerkit.evaluation.comparison import UNSTEERED, Cell
-from steerkit.evaluation.passes import BestOf, Prompted, Sampling, Writer
 from steerkit.evaluation.report import Arm, Measure, digest
 from steerkit.evaluation.run import measured
 from steerkit.hooks import steered
 from steerkit.model import find_decoder
+from steerkit.passes import BestOf, Prompted, Sampling, Writer
 
 TEXTS = [f"w{i} w{i + 1} w{(7 * i) % 50}" for i in range(20)]
 POSITIVE, NEGATIVE = ([f"{text} {last}" for text in TEXTS] for last in ("w60", "w61"))
@@ -1346,7 +1346,7 @@ def test_the_report_is_not_changed_by_reading_it(up: Run) -> None:
 
 
 def test_blended_at_the_ends() -> None:
-    from steerkit.evaluation.passes import blended
+    from steerkit.passes import blended
 
     plain, there = torch.randn(2, 3, 7), torch.randn(2, 3, 7)
     torch.testing.assert_close(blended(plain, there, 0.0), F.log_softmax(plain, dim=-1))

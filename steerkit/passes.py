@@ -1,4 +1,4 @@
-"""The two passes of evaluation: somebody writes after prompts, and what was written is read again, steered or not.
+"""Two passes: somebody writes after prompts, and what was written is read again, steered or not.
 
 A replay is one pass over prompt and continuation in which every position is edited as it was in generation, so that
 the distributions it gives are those that the tokens were drawn from.
@@ -192,7 +192,7 @@ class Prompted(Writer):
         ids, mask = torch.cat([start.ids, rows.new], dim=1), torch.cat([start.mask, rows.real.long()], dim=1)
         longer = Continued(ids, mask, start.width, rows.each)
         there, _ = read(self.decoder, longer)
-        here, _ = read(self.decoder, rows)
+        here, _ = (there, None) if self.share == 1 else read(self.decoder, rows)
         return blended(here, there, self.share), None
 
 
