@@ -1,5 +1,7 @@
 """Figures of what steering did; the only door to matplotlib. Each returns a figure and shows or saves nothing."""
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,8 +9,10 @@ import torch
 from torch import Tensor
 
 from steerkit.concepts.concept import Concept
-from steerkit.errors import MissingDependencyError
+from steerkit.errors import MissingDependencyError, ReportError
 from steerkit.evaluation.comparison import Comparison
+from steerkit.evaluation.report import Estimate
+from steerkit.experiments.table import Table
 from steerkit.gapo.front import Front
 
 _INK, _PALE = "#22313f", "#d9dee3"
@@ -175,3 +179,119 @@ def comparison(found: Comparison) -> Any:
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     _tidy(axes)
     return figure
+
+
+def layers(table: Table, *columns: str, axis: str = "layer") -> Any:
+    """Plot an experiment's figures by layer, one line for each of its other axes, with 95 % intervals; controls are grey.
+
+    Args:
+        table: what an experiment returned; rows without a number on the axis are left out.
+        columns: which figures, of one unit; by default all that are numbers.
+        axis: what lies along the page.
+
+    Raises:
+        ReportError: no such column, or no numbers along the axis.
+    """
+    chosen = _chosen(table, columns)
+    others = [name for name in table.axes if name != axis]
+    lines: dict[str, list[tuple[float, Estimate]]] = {}
+    for row, place in enumerate(table[axis]):
+        words = [str(table[name][row]) for name in others]
+        for column in chosen:
+            label = ", ".join(words + [column] * (len(chosen) > 1 or not words))
+            if isinstance(place, int | float) and _finite(table[column][row]):
+                lines.setdefault(label, []).append((float(place), _interval(table[column][row])))
+    if not lines:
+        raise ReportError(f"A line needs numbers along {axis!r}. Found none. Use plots.bars.")
+    figure, axes = _figure(8.4, 3.4)
+    colours, dashes = iter(_COLOURS * len(lines)), iter(["--", ":", "-."] * len(lines))
+    for label, points in lines.items():
+        control = _control(label)
+        colour, style = ("#8b95a0", next(dashes)) if control else (next(colours), "-")
+        x, y = [place for place, _ in points], [found.value for _, found in points]
+        axes.fill_between(
+            x, [p.low for _, p in points], [p.high for _, p in points], color=colour, alpha=0.13, linewidth=0
+        )
+        axes.plot(x, y, color=colour, linestyle=style, marker="o", markersize=3, label=label)
+    axes.set(xlabel=axis, ylabel=", ".join(chosen) if len(chosen) < 3 else "")
+    axes.set_title(table.title, fontsize=9, color=_INK, loc="left")
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    _tidy(axes)
+    return figure
+
+
+def matrix(table: Table, column: str, *, down: str, across: str, labels: Sequence[str] | None = None) -> Any:
+    """Plot one figure of an experiment as a heat map, one axis down and one across; `labels` stand for the places across.
+
+    A probability is centred at a half, what has both signs at 0.
+    """
+    rows, places = (list(dict.fromkeys(table[axis])) for axis in (down, across))
+    values = torch.full((len(rows), len(places)), float("nan"))
+    for y, x, cell in zip(table[down], table[across], table[column], strict=True):
+        if _finite(cell):
+            values[rows.index(y), places.index(x)] = _interval(cell).value
+    figure, axes = _figure(2.5 + 0.32 * len(places), 1.6 + 0.2 * len(rows))
+    known = values[values.isfinite()]
+    centre = 0.5 if "probability" in column else 0.0
+    reach = 0.5 if centre else float(known.abs().max()) or 1.0
+    low = centre - reach if centre or bool((known < 0).any()) else 0.0
+    colours = "RdBu" if low < 0 or centre else "Blues"
+    image = axes.imshow(values.numpy(), aspect="auto", origin="lower", cmap=colours, vmin=low, vmax=centre + reach)
+    axes.set_xticks(range(len(places)), list(labels or map(str, places)), rotation=60, ha="right", fontsize=7)
+    axes.set_yticks(range(len(rows)), [str(row) for row in rows], fontsize=7)
+    axes.set(xlabel=across, ylabel=down)
+    axes.set_title(table.title, fontsize=9, color=_INK, loc="left")
+    figure.colorbar(image, ax=axes, shrink=0.8).set_label(column, fontsize=8)
+    _tidy(axes)
+    return figure
+
+
+def bars(table: Table, *columns: str, label: str | None = None) -> Any:
+    """Plot an experiment's rows one under the other, a bar a figure with its 95 % interval; controls are grey.
+
+    Args:
+        table: what an experiment returned.
+        columns: which figures, of one unit; by default all that are numbers.
+        label: the column that names the rows; by default their axes.
+    """
+    chosen = _chosen(table, columns)
+    names = [
+        repr(table[label][row]) if label else ", ".join(str(table[axis][row]) for axis in table.axes)
+        for row in range(len(table.rows))
+    ]
+    figure, axes = _figure(7.2, 0.9 + 0.16 * len(names) * (len(chosen) + 0.6))
+    height = 0.8 / len(chosen)
+    colours = iter(_COLOURS * len(chosen))
+    for index, column in enumerate(chosen):
+        colour = "#c3cad1" if _control(column) else next(colours)
+        found = [(row + index * height, _interval(cell)) for row, cell in enumerate(table[column]) if _finite(cell)]
+        places, points = [place for place, _ in found], [point for _, point in found]
+        errors = [[max(p.value - p.low, 0) for p in points], [max(p.high - p.value, 0) for p in points]]
+        axes.barh(places, [p.value for p in points], height, color=colour, label=column, xerr=errors, ecolor=_INK)
+    axes.axvline(0, color=_INK, linewidth=0.8)
+    axes.set_yticks([row + 0.4 - height / 2 for row in range(len(names))], names, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_title(table.title, fontsize=9, color=_INK, loc="left")
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    _tidy(axes)
+    return figure
+
+
+def _chosen(table: Table, columns: tuple[str, ...]) -> tuple[str, ...]:
+    return columns or tuple(name for name in table.columns if any(_finite(cell) for cell in table[name]))
+
+
+def _control(label: str) -> bool:
+    """Tell whether a figure is an experiment's control, by the words that stand for one."""
+    return not {"random", "shuffled", "nothing", "even", "chance"}.isdisjoint(re.findall(r"\w+", label))
+
+
+def _finite(cell: Any) -> bool:
+    return isinstance(cell, int | float | Estimate) and math.isfinite(_interval(cell).value)
+
+
+def _interval(cell: Any) -> Estimate:
+    """Return a figure with its interval; a number, and one text's figure, has none."""
+    if isinstance(cell, Estimate):
+        return cell if math.isfinite(cell.low) else Estimate(cell.value, cell.value, cell.value)
+    return Estimate(float(cell), float(cell), float(cell))

@@ -17,6 +17,7 @@ ROWS = [
     ["sites", "fold", "gates", "concepts", "preferences", "gapo"],
     ["controller", "loading"],
     ["evaluation"],
+    ["experiments"],
     ["plots", "demo", "cli", "integrations"],
 ]
 
@@ -30,7 +31,7 @@ DOORS = {
     "moocore": ["gapo/front.py"],
     "vaderSentiment": ["evaluation/scorers.py"],
     "profanity_check": ["evaluation/scorers.py"],
-    "pandas": ["evaluation/report.py"],
+    "pandas": ["evaluation/report.py", "experiments/table.py"],
     "nnsight": ["integrations/nnsight.py"],
     "vllm": ["integrations/vllm.py"],
     "typer": ["cli/"],

@@ -339,6 +339,10 @@ class Concept:
     def erase(self, *, layers: Layers | None = None, positions: Positions = "all", name: str | None = None) -> Erasure:
         """Return `h' = h - (u . h) u`: nothing is left along the direction of `mover`.
 
+        In many models the first token is an attention sink, with a state a hundred times as long as others' and a large part
+        of it along any direction that is not random. Erasing there may break what the model knows: on SmolLM2 it took an
+        answer from .91 of its effect to none. `positions="last"` leaves the prompt alone but for its last token.
+
         Args:
             layers: where; by default `steering_layers`.
             positions: which tokens; all by default.
