@@ -128,13 +128,7 @@ def record(
     decoder = find_decoder(model)
     chosen = tuple(sorted(resolve_layers(layers, decoder.depth)))
     tokens = tokenise(tokenizer, texts)
-    limit = getattr(decoder.model.config, "max_position_embeddings", None)
-    for index, ids in enumerate(tokens):
-        if limit is not None and len(ids) > limit:
-            raise TextsError(
-                f"A text may have {limit} tokens on this model. Found {len(ids)} in text {index}. Shorten it.",
-                index=index,
-            )
+    refuse_long(decoder.model, [len(ids) for ids in tokens], "A text")
     order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]), reverse=True)
     states = {layer: torch.empty(len(tokens), decoder.d_model) for layer in chosen}
     device = decoder.model.get_input_embeddings().weight.device
@@ -144,14 +138,14 @@ def record(
         for layer in chosen:
             stack.callback(decoder.blocks[layer].register_forward_hook(reader.hook(layer, read)).remove)
         bar = stack.enter_context(tqdm(total=len(texts), desc="recording", unit="text", disable=not progress))
-        for rows in _batches(order, [len(ids) for ids in tokens], batch_size):
-            padded, reader.mask = _pad([tokens[i] for i in rows])
+        for rows in batches_of(order, [len(ids) for ids in tokens], batch_size):
+            ids, reader.mask = padded([tokens[i] for i in rows])
             with rows_are_samples(decoder.model, rows, len(texts)):
-                decoder.body(input_ids=padded.to(device), attention_mask=reader.mask.to(device), use_cache=False)
+                decoder.body(input_ids=ids.to(device), attention_mask=reader.mask.to(device), use_cache=False)
             for layer in chosen:
                 states[layer][rows] = reader.kept[layer, read]
             bar.update(len(rows))
-    return Activations(states, read, Fingerprint.of(model), tuple(_digest(text) for text in texts))
+    return Activations(states, read, Fingerprint.of(model), tuple(digest_of(text) for text in texts))
 
 
 def read_prompts(
@@ -277,7 +271,23 @@ def _rendered(tokenizer: Any, messages: Sequence[Mapping[str, Any]], index: int)
         ) from error
 
 
-def _batches(order: list[int], lengths: list[int], batch_size: int | None) -> list[list[int]]:
+def refuse_long(model: Any, lengths: Sequence[int], what: str) -> None:
+    """Raise if a text is longer than the model takes.
+
+    Raises:
+        TextsError: one is.
+    """
+    limit = getattr(model.config, "max_position_embeddings", None)
+    longest = max(range(len(lengths)), key=lengths.__getitem__)
+    if limit is not None and lengths[longest] > limit:
+        raise TextsError(
+            f"{what} may have {limit} tokens on this model. Found {lengths[longest]} in text {longest}. Shorten it.",
+            index=longest,
+        )
+
+
+def batches_of(order: list[int], lengths: list[int], batch_size: int | None) -> list[list[int]]:
+    """Return which texts run together, of an order from long to short."""
     batches: list[list[int]] = []
     while order:
         # The first of a batch is its longest text, so it sets the width of all of them.
@@ -287,13 +297,15 @@ def _batches(order: list[int], lengths: list[int], batch_size: int | None) -> li
     return batches
 
 
-def _pad(tokens: list[list[int]]) -> tuple[Tensor, Tensor]:
+def padded(tokens: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Return ids and mask, `"text pos"`, padded on the right."""
     width = max(len(ids) for ids in tokens)
     ids = torch.tensor([row + [0] * (width - len(row)) for row in tokens])
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in tokens])
     return ids, mask
 
 
-def _digest(text: Text) -> str:
+def digest_of(text: Text) -> str:
+    """Return what tells equal texts without keeping them."""
     plain = text if isinstance(text, str) else json.dumps([dict(m) for m in text], sort_keys=True, default=str)
     return hashlib.sha256(plain.encode()).hexdigest()[:16]

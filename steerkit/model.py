@@ -13,7 +13,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import PurePath
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
@@ -41,7 +40,29 @@ _CACHES = ("past_key_values", "cache_params")
 
 _Found: TypeAlias = tuple[str, str, int, int, Mapping[str, bool]]
 
-_found: WeakKeyDictionary[nn.Module, _Found] = WeakKeyDictionary()
+
+class ByModel(WeakKeyDictionary):
+    """What is known of models. Code that is sent elsewhere takes none of it along."""
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return ByModel, ()
+
+
+class _once:
+    """`functools.cached_property`, without the lock that Python 3.11 gives it, which cannot be sent elsewhere."""
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        self.function = function
+        self.name = function.__name__
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        if instance is None:
+            return self
+        found = instance.__dict__[self.name] = self.function(instance)
+        return found
+
+
+_found: ByModel = ByModel()
 
 
 @dataclass(frozen=True)
@@ -60,12 +81,12 @@ class Decoder:
     """Paths of the linear modules that run once in a forward pass and see rows and positions in order; for each, whether
     it keeps its weight as `"output input"`. A hook on any other module could not tell which row is which sample."""
 
-    @cached_property
+    @_once
     def parameters(self) -> dict[str, Tensor]:
         """The base model's own parameters by name, tied ones once; a PEFT wrapper's are not among them."""
         return dict(base_parameters(self.model))
 
-    @cached_property
+    @_once
     def shapes(self) -> dict[str, torch.Size]:
         """Shape of every parameter by name; of a quantised weight, the shape that it stands for."""
         shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
@@ -77,7 +98,7 @@ class Decoder:
                     shapes[f"{path}.weight"] = torch.Size(sizes if transposed else sizes[::-1])
         return shapes
 
-    @cached_property
+    @_once
     def tied(self) -> frozenset[str]:
         """Names of parameters that more than one module holds."""
         everywhere: dict[int, list[str]] = {}
@@ -85,7 +106,7 @@ class Decoder:
             everywhere.setdefault(id(parameter), []).append(_base_name(name))
         return frozenset(name for names in everywhere.values() if len(names) > 1 for name in names)
 
-    @cached_property
+    @_once
     def reachable(self) -> dict[str, bool]:
         """Names of weights and biases whose change a hook can add to what their module puts out, as in `linears`."""
         names = [(f"{path}.{kind}", transposed) for path, transposed in self.linears.items() for kind in _KINDS]
@@ -107,6 +128,8 @@ def unwrap(model: Any) -> Any:
     """Return the transformers model inside PEFT, nnsight, torch.compile or data-parallel wrappers."""
     while True:
         origin = type(model).__module__.split(".")[0]
+        if any(base.__module__.startswith("nnsight.") for base in type(model).__mro__):
+            origin = "nnsight"
         if origin == "peft":
             config = getattr(model, "active_peft_config", None)
             if config is not None and config.is_prompt_learning:
@@ -116,6 +139,11 @@ def unwrap(model: Any) -> Any:
                 )
             model = model.get_base_model()
         elif origin == "nnsight":
+            if not getattr(model, "dispatched", True):
+                raise UnsupportedModelError(
+                    f"Weights must be in memory. Found a {type(model).__name__} that loads them at its first trace. Call "
+                    "lm.dispatch() first, or make it with dispatch=True."
+                )
             model = model._module
         elif hasattr(model, "_orig_mod"):
             model = model._orig_mod
@@ -170,8 +198,16 @@ def find_decoder(model: Any) -> Decoder:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within, no module trains: dropout would give other values at every batching."""
+    """Within, no module trains: dropout would give other values at every batching.
+
+    A trace of nnsight that is in progress sees nothing of it: it would take the first pass that comes for its own.
+    """
     with ExitStack() as stack:
+        state = model.__dict__.get("__nnsight__")  # where nnsight keeps, with a module, the traces that reach it
+        trace = None if state is None else state.active()[0]
+        if trace is not None:
+            stack.callback(setattr, trace, "interleaving", True)
+            trace.interleaving = False
         for module in model.modules():
             if module.training:
                 module.training = False

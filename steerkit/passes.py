@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from steerkit.activations import tokenise
+from steerkit.activations import refuse_long, tokenise
 from steerkit.errors import TextsError
 from steerkit.hooks import continuing, steered
 from steerkit.model import Decoder
@@ -95,7 +95,7 @@ class Writer:
         Raises:
             TextsError: one is.
         """
-        refuse_long(self.decoder, [len(ids) + new for ids in self.tokens], "Prompt and completion")
+        refuse_long(self.decoder.model, [len(ids) + new for ids in self.tokens], "Prompt and completion")
 
     def write(self, part: Sequence[int], sampling: Sampling) -> Continued:
         """Continue a part of the prompts; the caller's random numbers stay where they are."""
@@ -175,7 +175,9 @@ class Prompted(Writer):
 
     def refuse_long(self, new: int) -> None:
         super().refuse_long(new)
-        refuse_long(self.decoder, [len(ids) + new for ids in self.instructed], "Instruction, prompt and completion")
+        refuse_long(
+            self.decoder.model, [len(ids) + new for ids in self.instructed], "Instruction, prompt and completion"
+        )
 
     def write(self, part: Sequence[int], sampling: Sampling) -> Continued:
         here = [i for i in part for _ in range(sampling.samples)]
@@ -265,21 +267,6 @@ class _Blend(LogitsProcessor):
         # Without such a cache (mamba keeps its own kind) the whole sequence runs again.
         self._cache = getattr(out, "past_key_values", None)
         return blended(out.logits[:, -1], scores, self._share)
-
-
-def refuse_long(decoder: Decoder, lengths: Sequence[int], what: str) -> None:
-    """Raise if a text is longer than the model takes.
-
-    Raises:
-        TextsError: one is.
-    """
-    limit = getattr(decoder.model.config, "max_position_embeddings", None)
-    longest = max(range(len(lengths)), key=lengths.__getitem__)
-    if limit is not None and lengths[longest] > limit:
-        raise TextsError(
-            f"{what} may have {limit} tokens on this model. Found {lengths[longest]} at {longest}. Shorten it.",
-            index=longest,
-        )
 
 
 def device_of(decoder: Decoder) -> torch.device:

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch.nn.functional as F
 
-from steerkit.activations import checked_texts, tokenise
+from steerkit.activations import checked_texts, refuse_long, tokenise
 from steerkit.errors import TextsError
 from steerkit.evaluation.report import Measure, digest
 from steerkit.hooks import layers_steered, unsteered
 from steerkit.model import Decoder
-from steerkit.passes import Continued, Writer, device_of, read, refuse_long
+from steerkit.passes import Continued, Writer, device_of, read
 
 Row = dict[str, float]
 
@@ -126,7 +126,9 @@ class Questions:
         prompts = tokenise(tokenizer, [one["question"] for one in task])
         self._prompts = [prompts[index] for index, _ in self._cells]
         self._options = tokenise(tokenizer, [option for _, option in self._cells], special=False)
-        refuse_long(decoder, [len(p) + len(o) for p, o in zip(self._prompts, self._options)], "Question and option")
+        refuse_long(
+            decoder.model, [len(p) + len(o) for p, o in zip(self._prompts, self._options)], "Question and option"
+        )
 
     def measure(self, batch_size: int) -> Measure:
         """Return for each question whether the answer is the likeliest option, by the mean log-probability of its tokens."""

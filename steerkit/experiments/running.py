@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from steerkit.activations import refuse_long
 from steerkit.concepts.concept import Concept
 from steerkit.controller import Controller
 from steerkit.errors import BaseModelMismatchError, TextsError
@@ -18,7 +19,7 @@ from steerkit.hooks import rows_are_samples
 from steerkit.intervention import Intervention, ResidualIntervention, WeightAddition
 from steerkit.maths.lowrank import Delta, LowRank, inner, parts, scaled
 from steerkit.model import Decoder, Fingerprint, evaluating
-from steerkit.passes import Continued, device_of, read, refuse_long
+from steerkit.passes import Continued, device_of, read
 
 _TOKENS_A_BATCH = 2048
 _ROWS_A_BATCH = 16
@@ -47,7 +48,7 @@ def listed(interventions: Intervention | Iterable[Intervention]) -> list[Interve
 
 def batches(decoder: Decoder, tokens: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Continued]]:
     """Yield which texts run together, and their tokens padded on the right, long texts first."""
-    refuse_long(decoder, [len(ids) for ids in tokens], "A text")
+    refuse_long(decoder.model, [len(ids) for ids in tokens], "A text")
     order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]), reverse=True)
     while order:
         size = max(1, _TOKENS_A_BATCH // len(tokens[order[0]]))
@@ -63,7 +64,7 @@ def body(decoder: Decoder, part: Sequence[int], rows: Continued, texts: int) -> 
 
 def prompts(decoder: Decoder, tokens: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Continued]]:
     """Yield which texts run together, and their tokens padded on the left; what follows them is never looked at."""
-    refuse_long(decoder, [len(ids) + 1 for ids in tokens], "A text and the token after it")
+    refuse_long(decoder.model, [len(ids) + 1 for ids in tokens], "A text and the token after it")
     for start in range(0, len(tokens), _ROWS_A_BATCH):
         part = list(range(start, min(start + _ROWS_A_BATCH, len(tokens))))
         yield part, Continued.of([tokens[i] for i in part], [[0]] * len(part), device_of(decoder))
