@@ -341,6 +341,45 @@ def merges(run):
     return table(("arm", "CPU s", "memory"), rows)
 
 
+def directions(run, name):
+    """Return what each direction did at one budget, against the unsteered text and against the probe."""
+    arms = {arm: found for arm, found in run["directions"].items() if arm.startswith(f"{name}, ")}
+    scorers = list(next(iter(arms.values()))["against the probe"])
+    rows = []
+    for arm, found in arms.items():
+        changes, note = found["against unsteered"], run["notes"][arm]
+        rows.append(
+            (
+                arm.removeprefix(f"{name}, "),
+                f"{note['cosine_with_probe']:.2f}",
+                f"{note['bound']:.6g}",
+                plain(found["spent"]["kl"], 3),
+                *(signed(changes[scorer], 3) for scorer in scorers),
+                *("" if arm.endswith("t = 0") else signed(found["against the probe"][scorer], 3) for scorer in scorers),
+                plain(changes["perplexity"]),
+                signed(changes["entropy"]),
+            )
+        )
+    head = ("along", "cosine with the probe", "bound", "KL", *scorers, *(f"{s} against t = 0" for s in scorers))
+    return table((*head, "perplexity", "entropy"), rows)
+
+
+def mixed(run):
+    """Return what magnitudes of one's own, of others and the mean did to either half of the prompts."""
+    rows = [
+        (
+            arm.removeprefix("mixed, "),
+            *(signed(found[scorer][half]) for half in ("hard", "easy") for scorer in ("TF-IDF", "VADER")),
+            *(plain(found["kl"][half], 3) for half in ("hard", "easy")),
+            *(plain(found["perplexity"][half]) for half in ("hard", "easy")),
+        )
+        for arm, found in run["mixed"].items()
+    ]
+    head = [f"{what}, {half}" for what in ("TF-IDF", "VADER") for half in ("hard", "easy")]
+    order = [head[0], head[2], head[1], head[3]]
+    return table(("", *order, "KL, hard", "KL, easy", "perplexity, hard", "perplexity, easy"), rows)
+
+
 def main():
     twins, grid, cost, merge, cosines = (
         load(name)
@@ -408,6 +447,16 @@ def main():
         "train_steps": cost["training"]["steps"],
         "merges": merges(merge),
         "merges_how": how(merge),
+    }
+    along = load("directions")
+    values |= {
+        "directions_sentiment": directions(along, "sentiment"),
+        "directions_topic": directions(along, "topic"),
+        "directions_mixed": mixed(along),
+        "directions_how": how(along),
+        "topic_layers": ", ".join(map(str, along["notes"]["topic"]["layers"])),
+        "topic_auc": ", ".join(f"{name} {auc:.2f}" for name, auc in along["notes"]["topic"]["auc"].items()),
+        "sentiment_auc": ", ".join(f"{name} {auc:.2f}" for name, auc in along["notes"]["sentiment"]["auc"].items()),
     }
     bandit, solves, steps = (load(name) for name in ("gapo_bandit", "pareto_cost", "gapo_cost"))
     values |= {

@@ -43,7 +43,7 @@ def concept_fit(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File; by default NAME.safetensors.")] = None,
     model: ModelOption = None,
     layers: Annotated[str | None, typer.Option(help="Blocks to probe, such as 8-20 or 3,5,-1; by default all.")] = None,
-    direction: Annotated[str, typer.Option(help="What moves: probe, pattern or mean_difference.")] = "probe",
+    direction: Annotated[str, typer.Option(help="What moves: pattern, probe or mean_difference.")] = "pattern",
     held_out: Annotated[float, typer.Option(help="Share of the texts that the fit never sees.")] = 0.2,
     seed: Annotated[int, typer.Option(help="Of the split.")] = 0,
     as_json: JsonOption = False,

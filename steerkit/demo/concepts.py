@@ -62,8 +62,7 @@ def concept_part(model: Any, tokenizer: Any, folder: Path, *, new_tokens: int, s
     for name in ("sentiment", "formality"):
         positive, negative = contrast_texts(name)
         concept = Concept.fit(name, model, tokenizer, positive=positive, negative=negative, seed=seed, progress=True)
-        # The probe measures, its pattern moves: see docs/evidence.md for what each direction does to the text.
-        concepts.append(concept.along("pattern"))
+        concepts.append(concept)
     sentiment, formality = concepts
     layers = sentiment.steering_layers
     ladder = torch.tensor([0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98, 0.999])

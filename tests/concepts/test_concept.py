@@ -102,7 +102,7 @@ def test_a_layer_is_an_integer(concept, layer):
 def test_directions_are_unit_and_along_chooses_one(concept, direction):
     chosen = concept.along(direction)
     assert chosen.direction == direction
-    assert concept.direction == "probe", "along returns another concept"
+    assert concept.direction == "pattern", "along returns another concept"
     assert chosen.probes is concept.probes
     assert set(chosen.mover) == set(LAYERS)
     for layer in LAYERS:
@@ -113,7 +113,7 @@ def test_directions_are_unit_and_along_chooses_one(concept, direction):
 
 def test_the_probe_direction_is_the_cav(concept):
     for layer in LAYERS:
-        assert_close(concept.mover[layer], concept[layer].cav, atol=1e-6, rtol=1e-5)
+        assert_close(concept.along("probe").mover[layer], concept[layer].cav, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("direction", ["cav", "", None, "Probe"])
@@ -126,7 +126,7 @@ def test_another_direction_is_refused(concept, direction):
 
 def test_it_says_what_it_is(concept):
     text = repr(concept)
-    for part in ("planted", "probe", "best layer 3", "steering_layers", f"{concept.made['held_out']} held-out"):
+    for part in ("planted", "pattern", "best layer 3", "steering_layers", f"{concept.made['held_out']} held-out"):
         assert part in text
 
 
