@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "steerkit"
 ROWS = [
     ["errors", "types", "maths"],
     ["model", "hooks", "storage"],
-    ["conditions", "activations"],
+    ["conditions", "activations", "hub"],
     ["intervention", "passes"],
     ["sites", "fold", "gates", "concepts", "preferences", "gapo"],
     ["controller", "loading"],
@@ -32,6 +32,8 @@ DOORS = {
     "vaderSentiment": ["evaluation/scorers.py"],
     "profanity_check": ["evaluation/scorers.py"],
     "pandas": ["evaluation/report.py", "experiments/table.py"],
+    "huggingface_hub": ["hub.py"],
+    "gguf": ["integrations/gguf.py"],
     "nnsight": ["integrations/nnsight.py"],
     "vllm": ["integrations/vllm.py"],
     "typer": ["cli/"],

@@ -28,13 +28,14 @@ from steerkit.concepts.examples import (
 from steerkit.concepts.probe import Figures, Probe, at_chance, fit_probes, split
 from steerkit.conditions import Reading, Scaled
 from steerkit.errors import AmountError, LayerError, SteerkitWarning, TextsError
+from steerkit.hub import HubArtefact
 from steerkit.intervention import Addition, Constraint, Erasure
 from steerkit.model import Fingerprint, find_decoder, resolve_layers
 from steerkit.types import DIRECTIONS, Amount, Direction, Layers, Positions, Read, Text
 
 
 @dataclass(frozen=True, eq=False)
-class Concept:
+class Concept(HubArtefact):
     """A concept of one model, `concept[layer]` its probe at each layer. Made by `Concept.fit`; frozen.
 
     Example:

@@ -17,6 +17,7 @@ from steerkit import storage
 from steerkit.activations import stored_fingerprint
 from steerkit.conditions import Scaled
 from steerkit.errors import AttachError, BaseModelMismatchError, LayerError, PolicyError, TrainingError
+from steerkit.hub import HubArtefact
 from steerkit.intervention import WeightAddition
 from steerkit.maths.lowrank import (
     Delta,
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class PreferenceVector:
+class PreferenceVector(HubArtefact):
     """A direction in weight space, `phi = theta+ - theta-`; frozen, and kept in float32 whatever the model's dtype.
 
     Made by `fit`, which trains both policies, or by `difference` from any two. Preference Vector, arXiv:2504.20106,
