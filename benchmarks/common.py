@@ -8,6 +8,7 @@ import re
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -19,10 +20,13 @@ Arms = Mapping[str, Callable[[], Any]]
 
 
 def arguments(doc: str, **defaults: Any) -> argparse.Namespace:
-    """Parse `--name value` for each default, and `--seed`, `--threads` and `--json`; set threads and seed."""
+    """Parse `--name value` for each default, `--name` for one that is False, and `--seed`, `--threads` and `--json`; set both."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in {**defaults, "seed": 0, "threads": 1}.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
+        kind: dict[str, Any] = (
+            {"action": "store_true"} if default is False else {"type": type(default), "default": default}
+        )
+        parser.add_argument(f"--{name.replace('_', '-')}", **kind)
     parser.add_argument("--json", type=Path, default=None, help="write the figures here")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -52,8 +56,10 @@ def header(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def quiet() -> None:
-    """Keep transformers' progress bars and warnings out of the tables."""
+    """Keep transformers' progress bars and warnings out of the tables, and paths out of other warnings."""
     from transformers.utils import logging
+
+    warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

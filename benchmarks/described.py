@@ -3,12 +3,13 @@
     python benchmarks/described.py --json benchmarks/results/described.json        (about 10 minutes of one core)
 
 The written texts of sentiment and formality are split in two by group. One half fits the concept that is held against; both are
-measured on the other half. A third concept is fitted on written texts with shuffled labels. Data: concept_data.py.
+measured on the other half. A third concept is fitted on written texts with
+shuffled labels, half of each class on either side. Data: concept_data.py.
 """
 
 import numpy as np
 from common import arguments, header, quiet, save, table
-from concept_data import CONCEPTS
+from concept_data import EVERY
 from sklearn.metrics import roc_auc_score
 
 from steerkit import Concept, record
@@ -52,7 +53,7 @@ def main():
     model, tokenizer = load_model()
     figures, rows = {}, []
     for name, (description, opposite) in DESCRIPTIONS.items():
-        fit, test = halves(CONCEPTS[name](given.seed), given.seed)
+        fit, test = halves(EVERY[name](given.seed), given.seed)
         held = [record(model, tokenizer, texts) for texts in test]
         written = Concept.fit(name, model, tokenizer, positive=fit[0], negative=fit[1], seed=given.seed)
         made = contrast_texts(
@@ -65,10 +66,13 @@ def main():
         answers = Concept.fit(
             name, model, tokenizer, positive=plain[0], negative=plain[1], groups=made.groups, seed=given.seed
         )
-        mixed = np.random.default_rng(given.seed).permutation([*fit[0], *fit[1]])
+        dice = np.random.default_rng(given.seed)
+        quarters = [
+            np.array_split(dice.permutation(side), 2) for side in fit
+        ]  # labels that know nothing of the classes
         shuffled = Concept.fit(
-            name, model, tokenizer, positive=[str(t) for t in mixed[: len(fit[0])]],
-            negative=[str(t) for t in mixed[len(fit[0]) :]], seed=given.seed,
+            name, model, tokenizer, seed=given.seed,
+            **{word: [str(t) for side in quarters for t in side[half]] for half, word in enumerate(("positive", "negative"))},
         )  # fmt: skip
         print(made)
         concepts = {

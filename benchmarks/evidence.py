@@ -380,6 +380,26 @@ def mixed(run):
     return table(("", *order, "KL, hard", "KL, easy", "perplexity, hard", "perplexity, easy"), rows)
 
 
+def described(run):
+    """Return how concepts read written texts, by what they were fitted on."""
+    rows = [
+        (
+            name,
+            kind,
+            plain(found["auc"]),
+            plain(found["own held-out auc"]),
+            *(f"{cosine:.2f}" for cosine in found["cosine with written"].values()),
+        )
+        for name, figures in run["figures"].items()
+        for kind, found in figures.items()
+        if isinstance(found, dict)
+    ]
+    return table(
+        ("concept", "fitted on", "AUC on written texts", "AUC on its own kind", "cosine: probe", "pattern", "means"),
+        rows,
+    )
+
+
 def main():
     twins, grid, cost, merge, cosines = (
         load(name)
@@ -457,6 +477,14 @@ def main():
         "topic_layers": ", ".join(map(str, along["notes"]["topic"]["layers"])),
         "topic_auc": ", ".join(f"{name} {auc:.2f}" for name, auc in along["notes"]["topic"]["auc"].items()),
         "sentiment_auc": ", ".join(f"{name} {auc:.2f}" for name, auc in along["notes"]["sentiment"]["auc"].items()),
+    }
+    wrote = load("described")
+    values |= {
+        "described": described(wrote),
+        "described_how": how(wrote),
+        "described_separation": ", ".join(
+            f"{name} {found['separation']:.2f}" for name, found in wrote["figures"].items()
+        ),
     }
     bandit, solves, steps = (load(name) for name in ("gapo_bandit", "pareto_cost", "gapo_cost"))
     values |= {

@@ -89,28 +89,43 @@ def measured(model: Any, base: Any, tokenizer: Any, judge: Any) -> dict[str, lis
     return {name: values if name == "texts" else np.mean(values, axis=0).tolist() for name, values in found.items()}
 
 
+def settings(folder: str, given: Any, seed: int, *, tokens: int = TOKENS, batch: int = 16, **arm: Any) -> GAPOConfig:
+    """Return how a policy of these benchmarks is trained; `arm` says how the objectives are weighed."""
+    return GAPOConfig(
+        folder,
+        max_steps=given.steps,
+        per_device_train_batch_size=batch,
+        num_generations=4,
+        max_completion_length=tokens,
+        learning_rate=given.learning_rate,
+        lr_scheduler_type="constant",
+        save_strategy="no",
+        disable_tqdm=True,
+        seed=seed,
+        **arm,
+    )
+
+
+def diary(trainer: Any) -> dict[str, list[float]]:
+    """Return what was logged of rewards and gradients: the mean of the first ten steps, of all, of the last ten."""
+    history = [row for row in trainer.state.log_history if "gapo/opposed" in row]
+    found = {}
+    for name in history[0]:
+        if name.startswith(("gapo/", "rewards/")) or name == "step_time":
+            values = [row[name] for row in history if name in row]
+            found[name] = [float(np.mean(values[:10])), float(np.mean(values)), float(np.mean(values[-10:]))]
+    return found
+
+
 def run(arm: str, seed: int, given: Any, judge: Any, classifier: Any) -> dict[str, Any]:
     """Train once and measure."""
     model, tokenizer = load_model(dtype=torch.float32)
     with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        args = GAPOConfig(
-            scratch,
-            max_steps=given.steps,
-            per_device_train_batch_size=16,
-            num_generations=4,
-            max_completion_length=TOKENS,
-            learning_rate=given.learning_rate,
-            lr_scheduler_type="constant",
-            save_strategy="no",
-            disable_tqdm=True,
-            seed=seed,
-            **ARMS[arm],
-        )
         trainer = GAPOTrainer(
             model,
             objectives(classifier, seed),
-            args,
+            settings(scratch, given, seed, **ARMS[arm]),
             Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS[:-HELD_OUT]]),
             processing_class=tokenizer,
             peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
@@ -124,12 +139,8 @@ def run(arm: str, seed: int, given: Any, judge: Any, classifier: Any) -> dict[st
             "seed": seed,
             "cpu_s": cpu,
             "after": measured(trainer.model.eval(), model, tokenizer, judge),
+            **diary(trainer),
         }
-    history = [row for row in trainer.state.log_history if "gapo/opposed" in row]
-    for name in history[0]:
-        if name.startswith(("gapo/", "rewards/")) or name == "step_time":
-            values = [row[name] for row in history if name in row]
-            figures[name] = [float(np.mean(values[:10])), float(np.mean(values)), float(np.mean(values[-10:]))]
     del trainer, model
     gc.collect()
     return figures

@@ -15,6 +15,24 @@ from steerkit import PolicyConfig, PreferenceVector
 from steerkit.demo import load_model
 
 
+def settings(
+    steps: int, learning_rate: float, max_length: int, data_seed: int = 42, full_weights: bool = False
+) -> PolicyConfig:
+    """Return how a policy of these benchmarks is trained."""
+    return PolicyConfig(
+        max_steps=steps,
+        learning_rate=learning_rate,
+        max_length=max_length,
+        data_seed=data_seed,
+        use_peft=not full_weights,
+        held_out=0.15,
+        bf16=False,
+        disable_tqdm=True,
+        save_steps=20,
+        save_total_limit=1,
+    )
+
+
 def main() -> None:
     given = arguments(
         __doc__,
@@ -31,18 +49,7 @@ def main() -> None:
     facts = header(given)
     model, tokenizer = load_model()
     pairs = pairs_of(given.name)
-    config = PolicyConfig(
-        max_steps=given.steps,
-        learning_rate=given.learning_rate,
-        max_length=given.max_length,
-        data_seed=given.data_seed,
-        use_peft=not given.full,
-        held_out=0.15,
-        bf16=False,
-        disable_tqdm=True,
-        save_steps=20,
-        save_total_limit=1,
-    )
+    config = settings(given.steps, given.learning_rate, given.max_length, given.data_seed, bool(given.full))
     label = given.label or given.name
     folder = Path(given.output)
     folder.mkdir(parents=True, exist_ok=True)
