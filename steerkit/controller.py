@@ -71,6 +71,8 @@ class Controller:
         self.record_magnitudes = record_magnitudes
         self._amounts = {each.name: each.read(each.amount) for each in listed}
         self._gates = Gates(model, self._decoder, listed, check_model)
+        self._waits = bool(self._gates.depending(self._amounts))
+        """Whether anything depends on the prompts. A traced pass reads this and no amounts, or it would compile again."""
         self._idle = False
         """Set while paused: nothing is edited, decided or counted."""
         self._pass = Pass(recording=record_magnitudes)
@@ -290,6 +292,7 @@ class Controller:
 
     def _set(self, amounts: Mapping[str, Amounts]) -> None:
         self._amounts = dict(amounts)
+        self._waits = bool(self._gates.depending(amounts))
         self._gates.decided = {}
         if self._stack is not None:
             self._write_amounts()
@@ -310,7 +313,7 @@ class Controller:
                 hook.write(index, each.column(amounts.values, hook.site.layer), amounts.samples)
 
     def _conditional(self) -> bool:
-        return not self._idle and bool(self._gates.depending(self._amounts))
+        return self._waits and not self._idle
 
     def _decide(self, prompts: Prompts, part: Part | None) -> None:
         """Let prompts decide what is left of the amounts, and write that."""
@@ -371,7 +374,7 @@ class Controller:
             self._check_rows_compiled(moment)
             return
         self._check_samples(moment.samples)
-        if not self._idle:
+        if self._conditional():
             self._gates.refuse_undecided(moment.samples, self._amounts)
         ordinary = not self._special and not torch.is_autocast_enabled(moment.device.type)
         tails = {moment.tail(positions) for positions in self._block_positions}

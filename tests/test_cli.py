@@ -95,7 +95,7 @@ def test_generate_takes_names_bands_and_chat(folder: Path, monkeypatch: pytest.M
     monkeypatch.chdir(folder)
     done = run(
         *("generate", "w1 w2", "--chat", "--model", "model", "--at-most", "warm=0.9", "--at-least", "warm=0.2"),
-        *("--erase", "plain", "--temperature", "0.7", "--max-new-tokens", "4"),
+        *("--erase", "plain", "--temperature", "0.7", "--max-new-tokens", "4", "--direction", "probe"),
     )
     assert done.exit_code == 0, done.output
 

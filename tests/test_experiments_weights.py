@@ -32,7 +32,8 @@ BIAS = "transformer.h.{}.mlp.c_proj.bias"
 
 
 def fitted(model: Any, name: str = "planted", **more: Any) -> Concept:
-    return Concept.fit(name, model, tiny_tokenizer(), positive=POSITIVE, negative=NEGATIVE, regularisation=0.1, **more)
+    more = {"direction": "probe", "regularisation": 0.1, **more}
+    return Concept.fit(name, model, tiny_tokenizer(), positive=POSITIVE, negative=NEGATIVE, **more)
 
 
 @pytest.fixture(scope="module")

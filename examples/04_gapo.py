@@ -1,14 +1,14 @@
 """One policy on two rewards: plain words, and warm ones. About 9 minutes on two busy cores.
 
-    python examples/gapo.py                      # GAPO
-    python examples/gapo.py 0.8 0.2              # P-GAPO: more weight on plain words
-    steerkit gapo prompts.txt -r examples.gapo:plain -r examples.gapo:warm -o policy     # the same rewards by name
+    python examples/04_gapo.py                      # GAPO
+    python examples/04_gapo.py 0.8 0.2              # P-GAPO: more weight on plain words
+    steerkit gapo prompts.txt -r examples.04_gapo:plain -r examples.04_gapo:warm -o policy     # the same rewards by name
 
 A new adapter is trained; the model itself stays as it is, so that the policy becomes a preference vector at the end.
 """
 
+import argparse
 import re
-import sys
 from typing import Any
 
 import torch
@@ -55,12 +55,15 @@ def texts_of(completions: list[Any]) -> list[str]:
 
 
 def main() -> None:
-    shares = [float(share) for share in sys.argv[1:]] or None
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shares", nargs="*", type=float, help="one a reward; without them every reward counts alike")
+    parser.add_argument("--steps", type=int, default=24)
+    given = parser.parse_args()
     model, tokenizer = load_model(dtype=torch.float32)
     config = GAPOConfig(
         "gapo",
-        preference=shares,
-        max_steps=24,
+        preference=given.shares or None,
+        max_steps=given.steps,
         per_device_train_batch_size=16,
         num_generations=4,
         max_completion_length=LIMIT,
