@@ -291,7 +291,8 @@ def layers(run, fitted, figures):
     )
     only = [found[label] for label in groups_of(concept)]
     effects = [way * each["effect"][goal].value for each in only]
-    follows = [float(v) for v in spearmanr([each["accuracy"] for each in only], effects)]
+    # Effects that are all alike have no order.
+    follows = [float(v) for v in spearmanr([e["accuracy"] for e in only], effects)] if np.ptp(effects) else [0.0, 1.0]
     best = list(groups_of(concept))[int(np.argmax(effects))]
     gap = report.difference(goal, f"{stem}: rule", f"{stem}: {best}")
     print(f"rank correlation of accuracy and effect over groups {follows[0]:.2f} (p = {follows[1]:.2f})")
