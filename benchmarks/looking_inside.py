@@ -1,9 +1,9 @@
 """What the experiments find in SmolLM2: each run once on more texts than the examples have, with its control and intervals.
 
-    python benchmarks/looking_inside.py --json benchmarks/results/looking_inside.json        (about 15 minutes of one core)
+    python benchmarks/looking_inside.py --json benchmarks/results/looking_inside.json        (about 16 minutes of one core)
 
-Sentiment is fitted on film reviews, formality on the demo's sentences; what is measured is measured on other texts. Two
-preference vectors are trained for a few steps: they show what the experiments see, not what a preference is. Finished
+Sentiment is fitted on film reviews, formality on the demo's sentences; what is measured is measured on other texts. A
+preference vector is trained for a few steps: it shows what the experiments see, not what a preference is. Finished
 experiments are kept, whole tables, in a file beside the JSON file, so a run that was stopped goes on where it was; `--keep
 FOLDER` keeps concepts and vectors as well. `--share .05` is a trial run.
 
@@ -64,7 +64,7 @@ class Run:
         """Fresh and rotten reviews with their films: to fit on; and others, to measure on."""
         first, _, third = reviews(self.given.seed, words=24)
         parts = []
-        for rows, most in ((first, 250), (third, 80)):
+        for rows, most in ((first, 200), (third, 80)):
             order = np.random.default_rng(self.given.seed).permutation(len(rows))
             mixed = [rows[i] for i in order]
             parts.append([self.some([row for row in mixed if row[1] == label], most, 12) for label in (1, 0)])
@@ -97,15 +97,13 @@ class Run:
             max_steps=self.given.steps, learning_rate=5e-4, max_length=160, held_out=0.15, seed=seed, disable_tqdm=True
         )
 
-    def vector(self, name):
-        return self.kept(
-            name,
-            lambda: PreferenceVector.fit(name, *self.both, preference_pairs(name), config=self.config(self.given.seed)),
-        )
-
     @cached_property
     def helpful(self):
-        return self.vector("helpful")
+        def make():
+            config = self.config(self.given.seed)
+            return PreferenceVector.fit("helpful", *self.both, preference_pairs("helpful"), config=config)
+
+        return self.kept("helpful", make)
 
     @cached_property
     def chats(self):
@@ -282,7 +280,7 @@ def parts(run):
 
 
 def ablate(run, by, texts):
-    found = experiments.ablate(*run.both, run.helpful, texts, by=by, concept=run.formality)
+    found = experiments.ablate(*run.both, run.helpful, texts, by=by)
     whole, rest = found.rows[0], found.rows[1:]
     place = {name: (by, *found.columns).index(name) for name in (by, *found.columns)}
     strongest = max(rest, key=lambda row: row[place["only: kl"]].value)
@@ -296,23 +294,27 @@ def ablate(run, by, texts):
 
 
 def alignment(run):
-    cautious = run.vector("cautious")
-
-    def other():
-        policy = train_policy(*run.both, preference_pairs("helpful"), config=run.config(run.given.seed + 1))
-        return PreferenceVector.difference(policy, run.model, name="helpful, another seed", model=run.model)
-
-    again = run.kept("helpful-other-seed", other)
+    """Three fine-tunings, one policy each, on half of the pairs: what does the stored vector say of them?"""
     tables, quotes = {}, []
-    for name, delta in (("cautious", cautious), ("helpful, another seed, one policy", again)):
+    for name, preference, seed in (
+        ("the same preference and initial A", "helpful", run.given.seed),
+        ("another preference, the same initial A", "cautious", run.given.seed),
+        ("the same preference, another initial A", "helpful", run.given.seed + 1),
+    ):
+
+        def fine_tuned(preference=preference, seed=seed):
+            policy = train_policy(*run.both, preference_pairs(preference)[:40], config=run.config(seed))
+            return PreferenceVector.difference(policy, run.model, name=f"{preference} policy", model=run.model)
+
+        delta = run.kept(f"{preference}-policy-{seed}", fine_tuned)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", SteerkitWarning)
             found = experiments.alignment(delta, run.helpful)
-        tables[f"alignment, {name}"] = found
+        tables[name] = found
         whole = found.only(layer="all")
         quotes.append(
             quote(
-                f"cosine of {name} and helpful", whole["cosine"][0], [0, -whole["chance"][0], whole["chance"][0]],
+                f"cosine with helpful: {name}", whole["cosine"][0], [0, -whole["chance"][0], whole["chance"][0]],
                 inputs=whole["inputs"][0], inputs_by_chance=whole["inputs by chance"][0], warned=bool(caught),
             )
         )  # fmt: skip
@@ -393,8 +395,8 @@ EXPERIMENTS = {
     "bake": bake,
     "inside": inside,
     "parts": parts,
-    "ablate by module": lambda run: ablate(run, "module", run.some(run.chats, 24)),
-    "ablate by layer": lambda run: ablate(run, "layer", run.some(run.chats, 10)),
+    "ablate by module": lambda run: ablate(run, "module", run.some(run.chats, 32)),
+    "ablate by layer": lambda run: ablate(run, "layer", run.some(run.chats, 10, 4)),
     "alignment": alignment,
 }
 
