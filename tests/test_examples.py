@@ -44,8 +44,8 @@ FIGURES = r"-?[\d.]+(e-?\d+)?"
 ESTIMATE = rf"{FIGURES} \[{FIGURES}, {FIGURES}\]"
 PRINTED: dict[str, Sequence[str]] = {
     "01_concept": (r"layer +accuracy", r"best layer \d", r"unsteered: +['\"]", r"by layer, mean over tokens: \d+: -?\d"),
-    "02_per_sample": (r"^P\(sentiment\) 0\.\d\d: The train", r"acted on: \[(True|False)", r"token by token: \['-?0\.100', '0.087'"),
-    "03_preference_vector": (r"cosine of the twins -[01]\.", r"cosine of the vectors: -?0\.", r"helpful -1, cautious \+0: "),
+    "02_per_sample": (r"^P\(sentiment\) [01]\.\d\d: The train", r"acted on: \[(True|False)", r"token by token: \['-?0\.100', '0.087'"),
+    "03_preference_vector": (r"cosine of the twins -[01]\.", r"cosine of the vectors: -?[01]\.", r"helpful -1, cautious \+0: "),
     "04_gapo": (r"plain \{.*'weight': ", r"warm \{", r"^1\.0 ['\"]"),
     "05_budget": (r"\| amount \|", rf"constant: pleasant words .*KL a token {ESTIMATE}", r"against the constant"),
     "06_where": (r"mlp, shuffled", rf"^ +0 +{ESTIMATE}", r"Control: 95 % of pairs of random directions"),
@@ -55,8 +55,8 @@ PRINTED: dict[str, Sequence[str]] = {
     "10_inside_a_vector": (r"effective rank \d", r"random only: kl", r"\| formality \| 0 \| random \|"),
     "11_patching": (r"patched at random", rf"\| 1 \| {ESTIMATE}"),
     "12_bake": (r"^bake: Block \d must have a bias", r"ridge inf: step", r"^merged +['\"]"),
-    "13_nnsight": (r"under a Controller +set by the trace", r"^ +\d  (0\.\d+  .*)   \1$"),
-    "14_describe": (r"'kind': \d+ \+ \d+ of \d+", r"described +0\.\d+ \(layer", r"\+0\.1 of the residual norm: "),
+    "13_nnsight": (r"under a Controller +set by the trace", r"^ +\d  ([01]\.\d+  .*)   \1$"),
+    "14_describe": (r"'kind': \d+ \+ \d+ of \d+", r"described +[01]\.\d+ \(layer", r"\+0\.1 of the residual norm: "),
 }  # fmt: skip
 
 
