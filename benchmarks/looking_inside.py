@@ -1,6 +1,6 @@
 """What the experiments find in SmolLM2: each run once on more texts than the examples have, with its control and intervals.
 
-    python benchmarks/looking_inside.py --json benchmarks/results/looking_inside.json        (about 16 minutes of one core)
+    python benchmarks/looking_inside.py --json benchmarks/results/looking_inside.json        (about 15 minutes of one core)
 
 Sentiment is fitted on film reviews, formality on the demo's sentences; what is measured is measured on other texts. A
 preference vector is trained for a few steps: it shows what the experiments see, not what a preference is. Finished
@@ -402,7 +402,7 @@ EXPERIMENTS = {
 
 
 def main():
-    given = arguments(__doc__, steps=8, share=1.0, keep="")
+    given = arguments(__doc__, steps=6, share=1.0, keep="")
     facts = {**header(given), "steps": given.steps, "share": given.share}
     quiet()
     rows = given.json and given.json.with_suffix(".rows.json")

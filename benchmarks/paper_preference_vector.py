@@ -206,7 +206,10 @@ def show(report, vectors, grid, figures):
         for arm in arms:
             found = {key: report[arm][key] for key in keys}
             change = {key: report.difference(key, arm, "base") for key in keys}
-            figures.setdefault("arms", {})[arm] = {"ours": found, "against base": change, "paper": published.get(arm)}
+            kept = figures.setdefault("arms", {}).setdefault(arm, {"ours": {}, "against base": {}, "paper": None})
+            kept["ours"] |= found
+            kept["against base"] |= change
+            kept["paper"] = max(kept["paper"] or (), published.get(arm, ()), key=len) or None
             theirs = published.get(arm, [""] * len(next(iter(published.values()))))
             rows.append(
                 (arm, *map(str, found.values()), *(percent(found[k], report["base"][k]) for k in keys[:2]), *theirs)

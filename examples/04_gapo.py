@@ -69,10 +69,18 @@ def main() -> None:
         max_completion_length=LIMIT,
         learning_rate=1e-3,
         save_strategy="no",
-        disable_tqdm=False,
+        disable_tqdm=True,  # TRL's bar prints thirty figures a step; a few of them follow below
     )
     chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+    print(f"{given.steps} steps of 16 answers; what was logged follows at the end")
     trainer = runs.train(model, tokenizer, chats, [plain, warm], config=config)
+    print("step  reward: plain  warm   weight: plain  warm   cosine of the gradients")
+    for step, row in enumerate(trainer.state.log_history, 1):
+        if "rewards/plain/mean" in row:
+            shown = [row[f"rewards/{name}/mean"] for name in ("plain", "warm")]
+            shown += [row[f"gapo/weight/{name}"] for name in ("plain", "warm")]
+            cosine = row.get("gapo/cosine/plain/warm", float("nan"))
+            print("{:4}  {:13.2f}  {:4.2f}   {:13.2f}  {:4.2f}   {:23.2f}".format(step, *shown, cosine))
     for name, figures in runs.summary(trainer, window=6)["objectives"].items():
         print(name, {key: value if value is None else round(value, 3) for key, value in figures.items()})
 

@@ -1,4 +1,4 @@
-"""How much, and what it costs: two ways to steer, calibrated to one budget and then measured. About eight minutes.
+"""How much, and what it costs: two ways to steer, calibrated to one budget and then measured. A minute and a half of one core.
 
     python examples/05_budget.py
     python examples/05_budget.py --budget 0.3 --output report      # also writes a page with every text
@@ -75,7 +75,7 @@ for name in arms:
     arm = report[name]
     print(f"\n{name}")
     for row in range(0, len(arm.prompts), 12):
-        print(f"  {arm.prompts[row]}{arm.completions[row]!r}")
+        print(f"  {arm.prompts[row]} | {' '.join(arm.completions[row].split())}")
 
 if given.output:
     given.output.mkdir(parents=True, exist_ok=True)

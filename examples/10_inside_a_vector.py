@@ -1,7 +1,7 @@
-"""Inside a preference vector: what concepts read of it, where it lies, which parts act. About six minutes.
+"""Inside a preference vector: what concepts read of it, where it lies, which parts act. Four minutes of one core.
 
     python examples/10_inside_a_vector.py
-    python examples/10_inside_a_vector.py --vector vectors/helpful.safetensors      # one that 03 kept: two minutes
+    python examples/10_inside_a_vector.py --vector vectors/helpful.safetensors      # one that 03 kept: a minute
 
 Without `--vector` one is trained for eight steps.
 """
