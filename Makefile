@@ -17,7 +17,7 @@ check: env
 	$(BIN)/mypy
 
 docs: env
-	$(BIN)/mkdocs build --strict --config-file docs/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file docs/mkdocs.yml
 
 env: .venv/.made
 

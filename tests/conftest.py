@@ -1,5 +1,6 @@
 """One thread, one seed a test, no network."""
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -13,6 +14,12 @@ import torch
 from tiny import tiny_model, tiny_tokenizer
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Keep what lives to the end out of garbage collections: each training asks for one, of a million objects."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -54,9 +54,10 @@ class Dose:
 class Calibration:
     """What a search found; `using(**{name: found.amount})` sets it.
 
-    found = calibrate(model, tokenizer, prompts, sentiment.add(1.0), budget=0.1)
-    with Controller(model, [sentiment.add(found.amount)]):
-        model.generate(**inputs)
+    Example:
+        found = calibrate(model, tokenizer, prompts, sentiment.add(1.0), budget=0.1)
+        with Controller(model, [sentiment.add(found.amount)]):
+            model.generate(**inputs)
     """
 
     chosen: Dose

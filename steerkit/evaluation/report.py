@@ -10,7 +10,7 @@ import html
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -162,11 +162,12 @@ class Arm:
 class Report:
     """Arms of one evaluation by name, `report["steered"]["sentiment"]` an estimate. Made by `evaluate`; frozen.
 
-    plain = evaluate(model, tokenizer, prompts, scorers=scorers)
-    with Controller(model, [sentiment.constrain(at_least=0.9)]):
-        steered = evaluate(model, tokenizer, prompts, scorers=scorers, name="steered")
-    report = Report.join(plain, steered)
-    print(report.table(base="unsteered"))
+    Example:
+        plain = evaluate(model, tokenizer, prompts, scorers=scorers)
+        with Controller(model, [sentiment.constrain(at_least=0.9)]):
+            steered = evaluate(model, tokenizer, prompts, scorers=scorers, name="steered")
+        report = Report.join(plain, steered)
+        print(report.table(base="unsteered"))
     """
 
     arms: Mapping[str, Arm]
@@ -282,19 +283,11 @@ class Report:
         Raises:
             MissingDependencyError: pandas is not installed.
         """
-        try:
-            import pandas as pd
-        except ImportError as error:
-            raise MissingDependencyError(
-                "A data frame needs pandas. It is not installed. Run: pip install pandas."
-            ) from error
-        return pd.DataFrame(
-            [
-                {"arm": name, "measure": key, "kind": m.kind, "prompt": cluster, "value": value, "weight": weight}
-                for name, arm in self.arms.items()
-                for key, m in arm.measures.items()
-                for value, cluster, weight in zip(m.values, m.clusters, m.weights or (1.0,) * len(m), strict=True)
-            ]
+        return data_frame(
+            {"arm": name, "measure": key, "kind": m.kind, "prompt": cluster, "value": value, "weight": weight}
+            for name, arm in self.arms.items()
+            for key, m in arm.measures.items()
+            for value, cluster, weight in zip(m.values, m.clusters, m.weights or (1.0,) * len(m), strict=True)
         )
 
     def save_html(
@@ -368,6 +361,21 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = (head, ["---"] * len(head), *rows)
     cells = [[" ".join(cell.replace("|", "\\|").split()) for cell in line] for line in lines]
     return "\n".join("| " + " | ".join(line) + " |" for line in cells)
+
+
+def data_frame(rows: Iterable[Mapping[str, Any]]) -> Any:
+    """Return rows as a pandas data frame.
+
+    Raises:
+        MissingDependencyError: pandas is not installed.
+    """
+    try:
+        import pandas as pd
+    except ImportError as error:
+        raise MissingDependencyError(
+            "A data frame needs pandas. It is not installed. Run: pip install pandas."
+        ) from error
+    return pd.DataFrame(list(rows))
 
 
 def _markdown(figures: Mapping[str, Mapping[str, Estimate]], measures: Sequence[str]) -> str:

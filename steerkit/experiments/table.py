@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from steerkit import storage
-from steerkit.errors import MissingDependencyError, ReportError
-from steerkit.evaluation.report import Estimate, Measure, markdown
+from steerkit.errors import ReportError
+from steerkit.evaluation.report import Estimate, Measure, data_frame, markdown
 
 Cell: TypeAlias = str | int | float | Estimate | None
 """A figure with its 95 % interval, a number, a word, or nothing."""
@@ -55,12 +55,6 @@ class Table:
         Raises:
             MissingDependencyError: pandas is not installed.
         """
-        try:
-            import pandas as pd
-        except ImportError as error:
-            raise MissingDependencyError(
-                "A data frame needs pandas. It is not installed. Run: pip install pandas."
-            ) from error
         lines = []
         for row in self.rows:
             line: dict[str, Any] = {}
@@ -69,7 +63,7 @@ class Table:
                 if isinstance(cell, Estimate):
                     line[f"{name} low"], line[f"{name} high"] = cell.low, cell.high
             lines.append(line)
-        return pd.DataFrame(lines)
+        return data_frame(lines)
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """Return, and with `path` write, the table; an estimate is an object of value, low and high.
