@@ -64,6 +64,23 @@ def holm(values):
     return [float(corrected[list(order).index(place)]) for place in range(len(values))]
 
 
+def figures(made, data):
+    """Return a comparison's cells: every method's change by every scorer, and its cost."""
+    return {
+        "auc": data.auc,
+        "goal": made.goal,
+        "notes": made.notes,
+        "cells": [
+            {
+                "method": cell.method, "budget": cell.budget, "amount": cell.amount, "development": cell.development,
+                **{measure: made.report.difference(measure, cell.arm, "unsteered") for measure in data.scorers},
+                **{m: made.report[cell.arm][m] for m in ("kl", "kl_p90", "perplexity", "entropy", "repetition")},
+            }
+            for cell in made.cells
+        ],
+    }  # fmt: skip
+
+
 def main():
     given = arguments(__doc__, budget=0.1, tokens=24, samples=4, steps=40, output="kept", budgets="")
     facts = {**header(given), "budget": given.budget, "steps": given.steps}
@@ -102,19 +119,7 @@ def main():
                     "spent": [made.report[cells[method].arm]["kl"] for method in (first, second)],
                 }
             )  # fmt: skip
-        found["concepts"][name] = {
-            "auc": data.auc,
-            "goal": made.goal,
-            "notes": made.notes,
-            "cells": [
-                {
-                    "method": cell.method, "budget": cell.budget, "amount": cell.amount, "development": cell.development,
-                    **{measure: made.report.difference(measure, cell.arm, "unsteered") for measure in data.scorers},
-                    **{m: made.report[cell.arm][m] for m in ("kl", "kl_p90", "perplexity", "entropy", "repetition")},
-                }
-                for cell in made.cells
-            ],
-        }  # fmt: skip
+        found["concepts"][name] = figures(made, data)
     for contrast, p in zip(found["contrasts"], holm([c["p"] for c in found["contrasts"]]), strict=True):
         contrast["Holm"] = p
     table(
