@@ -217,8 +217,9 @@ def dial(
         far = (0.01, 1 - 1e-6) if intervention.sense > 0 else (0.99, 1e-6)
         low, high = (float(intervention.read(p).values[0, 0]) for p in between or far)
         return lambda t: float(torch.sigmoid(torch.tensor(low + t * (high - low), dtype=torch.float64)))
-    shape = own.values[0] / own.values.abs().max() if bool(own.values.any()) else torch.ones_like(own.values[0])
-    sign = float(shape[shape.abs().argmax()].sign())
+    given = bool(own.values.any())
+    largest = float(own.values[0, own.values[0].abs().argmax()]) if given else 1.0
+    shape = own.values[0] / largest if given else torch.ones_like(own.values[0])
     if between is None:
         most = 2.0
         if isinstance(intervention, Addition):
@@ -226,11 +227,11 @@ def dial(
                 states = record(model, tokenizer, prompts[:64], layers=intervention.layers)
             norms = [float(states[layer].norm(dim=-1).mean()) for layer in intervention.layers]
             most = _REACH * min(n / abs(float(p)) for n, p in zip(norms, shape, strict=True) if p)
-        between = (0.0, most if by_layer else sign * most)
-    elif not by_layer and bool(own.values.any()) and sum(between) * sign < 0:
+        between = (0.0, math.copysign(most, largest))
+    elif given and sum(between) * largest < 0:
         raise AmountError(
-            f"`between` must have the sign of the intervention's own amount. Found {between} for {float(own.values[0, 0]):g}. "
-            "Turn one of them."
+            f"`between` must have the sign of the intervention's own amount (by layer: of the largest). Found {between} for "
+            f"{largest:g}. Turn one of them."
         )
     low, high = between
 

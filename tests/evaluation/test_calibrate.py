@@ -243,7 +243,7 @@ BY_LAYER = {"some": {0: 1.0, 2: 0.25}, "mixed": {0: -2.0, 2: 1.0}, "off": {0: 0.
 
 
 @pytest.mark.parametrize(
-    ("own", "between"), [("some", None), ("mixed", None), ("off", (0.0, 6.0)), ("less", None), ("less", (0.0, 6.0))]
+    ("own", "between"), [("some", None), ("mixed", None), ("off", (0.0, -6.0)), ("less", None), ("less", (0.0, -6.0))]
 )
 def test_amounts_by_layer_keep_their_proportions(own: str, between: Any, model: Any, tokenizer: Any) -> None:
     shape = BY_LAYER[own]
@@ -257,6 +257,12 @@ def test_amounts_by_layer_keep_their_proportions(own: str, between: Any, model: 
     assert 0.08 <= found.chosen.kl.value <= 0.1
     assert Controller(model, [random_addition(layers=(0, 2), magnitude=found.amount)])
     assert "0: " in found.table()
+
+
+@pytest.mark.parametrize("own", [-1.0, {0: -1.0, 2: -0.5}, {0: 0.5, 2: -1.0}])
+def test_a_range_of_the_other_sign_is_refused(own: Any, model: Any, tokenizer: Any) -> None:
+    with pytest.raises(AmountError, match="sign"):
+        calibrate(model, tokenizer, PROMPTS, random_addition((0, 2), magnitude=own), budget=0.1, between=(0.0, 6.0))
 
 
 def test_a_vector_by_layer_keeps_its_proportions(model: Any, tokenizer: Any) -> None:
