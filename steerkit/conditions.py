@@ -222,7 +222,9 @@ def linear(start: float, end: float, *, over: int) -> Schedule:
     if start == end:
         raise ConditionError(f"A schedule must change with the step. Found {start:g} throughout. Scale the magnitude.")
     name = f"linear({start:g}, {end:g}, over={over})"
-    return Schedule(name, lambda steps: start + (end - start) * (steps.float() / over).clamp(max=1.0), whole=False)
+    return _finite(
+        Schedule(name, lambda steps: start + (end - start) * (steps.float() / over).clamp(max=1.0), whole=False)
+    )
 
 
 def exponential(*, half_life: float) -> Schedule:
@@ -232,7 +234,14 @@ def exponential(*, half_life: float) -> Schedule:
         ConditionError: `half_life` no finite number above 0.
     """
     _check(half_life, "half_life", whole=False)
-    return Schedule(f"exponential(half_life={half_life:g})", lambda steps: torch.exp2(-steps / half_life), whole=False)
+    name = f"exponential(half_life={half_life:g})"
+    return _finite(Schedule(name, lambda steps: torch.exp2(-steps / half_life), whole=False))
+
+
+def _finite(schedule: Schedule) -> Schedule:
+    if not bool(schedule.factor(torch.tensor([0.0, 1.0])).isfinite().all()):
+        raise ConditionError(f"A schedule must leave finite shares in float32. Found {schedule}. Use moderate numbers.")
+    return schedule
 
 
 def _check(number: Any, name: str, *, whole: bool) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from steerkit.conditions import Scaled
-from steerkit.errors import AmountError, AttachError, NotReachedError, SamplesError
+from steerkit.errors import AmountError, AttachError, ConditionError, NotReachedError, SamplesError
 from steerkit.fold import Fold
 from steerkit.gates import Gates
 from steerkit.hooks import Clock, Listener, Moment, Part, Prompts
@@ -83,7 +83,7 @@ class Controller:
             p.positions for h in self._sites if isinstance(h, LinearHook) for p in h.interventions
         }
         self._refuse_unfoldable(self._amounts)
-        self._refuse_contradictions(self._amounts)
+        self._refuse_contradictions({**self._amounts, **self._gates.waiting(self._amounts)})
         self._stack: ExitStack | None = None
         self._ran = False
         self._recorded: Any = None
@@ -278,7 +278,7 @@ class Controller:
             if isinstance(amount, Scaled):
                 self._gates.check(amount.reading)
         self._refuse_unfoldable(new)
-        self._refuse_contradictions(new)
+        self._refuse_contradictions({**new, **self._gates.waiting(new)})
         self._fold.refuse_covered()
         using = _Using(self, {name: self._amounts[name] for name in amounts})
         self._set(new)
@@ -374,6 +374,13 @@ class Controller:
             self._check_rows_compiled(moment)
             return
         self._check_samples(moment.samples)
+        if moment.generation is None and int(moment.start) > 0 and not self._idle:
+            each = next((each for each in self.interventions if each.schedule is not None), None)
+            if each is not None:
+                raise ConditionError(
+                    f"A schedule counts the tokens that generate writes. Found a pass outside generate that continues a cache, for "
+                    f"{each.name!r} with {each.schedule}. Use generate, or set amounts step by step with using()."
+                )
         if self._conditional():
             self._gates.refuse_undecided(moment.samples, self._amounts)
         ordinary = not self._special and not torch.is_autocast_enabled(moment.device.type)

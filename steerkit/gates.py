@@ -39,8 +39,11 @@ class Gates:
 
     def current(self, amounts: Mapping[str, Amounts]) -> dict[str, Amounts]:
         """Return the amounts as prompts left them; off where none were read yet."""
-        waiting = {each.name: each.nothing for each in self.depending(amounts)}
-        return {**amounts, **waiting, **self.decided}
+        return {**amounts, **self.waiting(amounts), **self.decided}
+
+    def waiting(self, amounts: Mapping[str, Amounts]) -> dict[str, Amounts]:
+        """Return amounts that edit nothing for what waits for prompts."""
+        return {each.name: each.nothing for each in self.depending(amounts)}
 
     def decide(self, prompts: Prompts, part: Part | None, amounts: Mapping[str, Amounts]) -> dict[str, Amounts]:
         """Read prompts with the plain model, and return what they leave of the amounts of what waits for them."""
@@ -53,6 +56,12 @@ class Gates:
         }
         states = read_prompts(self._decoder, prompts, {(reading.layer, reading.read) for reading in asked})
         read = {reading: reading.probability(states[reading.layer, reading.read]) for reading in asked}
+        for reading, found in read.items():
+            if not bool(found.isfinite().all()):
+                raise ConditionError(
+                    f"A condition must read a probability. Found NaN of {reading.name!r} at layer {reading.layer} for prompt "
+                    f"{int((~found.isfinite()).int().argmax())}. Load the model in float32 or bfloat16."
+                )
         for each in depending:
             given = amounts[each.name]
             if part is not None and given.samples is not None:

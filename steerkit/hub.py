@@ -191,7 +191,7 @@ def _card(artefact: Any, source: str) -> str:
     front = ["library_name: steerkit", "tags:", "- steerkit", f"- {kind.tag}"]
     # A folder by a relative path looks like a repository, and would be a dead link.
     if _REPOSITORY.fullmatch(known) and base is not None and not os.path.lexists(known):
-        front += [f"base_model: {json.dumps(known)}", "base_model_relation: adapter"]
+        front += [f"base_model: {json.dumps(known, ensure_ascii=False)}", "base_model_relation: adapter"]
     made_on = (
         "Which one is not recorded: check that it is the one that you use it on."
         if base is None
@@ -210,9 +210,9 @@ def _card(artefact: Any, source: str) -> str:
             *("## Limits", "", *(f"- {limit}" for limit in kind.limits), ""),
             *("## Use", "", "```python", f"from steerkit import {kind.name}, Controller"),
             *("from transformers import AutoModelForCausalLM, AutoTokenizer", ""),
-            f"model = AutoModelForCausalLM.from_pretrained({json.dumps(known)})",
-            f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(known)})",
-            f"{variable} = {kind.name}.from_pretrained({json.dumps(source)}, model=model)",
+            f"model = AutoModelForCausalLM.from_pretrained({json.dumps(known, ensure_ascii=False)})",
+            f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(known, ensure_ascii=False)})",
+            f"{variable} = {kind.name}.from_pretrained({json.dumps(source, ensure_ascii=False)}, model=model)",
             'inputs = tokenizer("The film was", return_tensors="pt")',
             f"with Controller(model, [{variable}.{kind.use}]):",
             "    output = model.generate(**inputs, max_new_tokens=20)",

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ def _tidy(axes: Any) -> None:
 def accuracy_by_layer(concepts: Sequence[Concept]) -> Any:
     """Plot each concept's held-out accuracy by layer with its 95 % interval; dots mark the steering layers."""
     figure, axes = _figure(8.4, 3.2)
-    for concept, colour in zip(concepts, _COLOURS, strict=False):
+    for concept, colour in zip(concepts, cycle(_COLOURS)):
         layers = list(concept.layers)
         figures = [concept.figures[layer] for layer in layers]
         low, high = ([one.accuracy_interval[side] for one in figures] for side in (0, 1))
@@ -108,7 +109,7 @@ def magnitudes_by_token(
 def readings(before: Mapping[str, Sequence[float]], after: Mapping[str, Sequence[float]], labels: Sequence[str]) -> Any:
     """Plot what each concept's probe reads of every row's text before and after steering."""
     figure, grid = _figure(8.4, 0.8 + 0.3 * len(labels), ncols=len(before), squeeze=False, sharey=True)
-    for axes, (name, old), colour in zip(grid.flat, before.items(), _COLOURS, strict=False):
+    for axes, (name, old), colour in zip(grid.flat, before.items(), cycle(_COLOURS)):
         new = after[name]
         for place, (start, end) in enumerate(zip(old, new, strict=True)):
             axes.annotate(
@@ -128,7 +129,7 @@ def dose_response(
 ) -> Any:
     """Plot an effect against the magnitude, one line a vector, with its standard errors."""
     figure, axes = _figure(8.4, 3.2)
-    for (name, (means, errors)), colour in zip(lines.items(), _COLOURS, strict=False):
+    for (name, (means, errors)), colour in zip(lines.items(), cycle(_COLOURS)):
         axes.errorbar(magnitudes, means, errors, color=colour, marker="o", markersize=4, capsize=3, label=name)
     axes.axhline(0, color=_PALE, linewidth=1, zorder=0)
     axes.set_xticks(list(magnitudes))

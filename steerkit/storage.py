@@ -94,7 +94,7 @@ def write(
     """
     target = Path(path)
     held = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    made = {"kind": kind, "format": FORMAT, "steerkit": package_version(), "checksum": _checksum(held)}
+    made = {"kind": kind, "format": FORMAT, "steerkit": package_version(), "checksum": checksum(held)}
     full: dict[str, Any] = {**header, **made}
     try:
         blob = save(held, metadata={"steerkit": json.dumps(full, allow_nan=False)})
@@ -175,7 +175,7 @@ def _replace(target: Path, blob: bytes) -> None:
             Path(temporary).unlink(missing_ok=True)
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
+def checksum(tensors: Mapping[str, Tensor]) -> str:
     """Return one digest of all values: safetensors checks the layout of a file and not its bytes."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
@@ -222,7 +222,7 @@ def read(path: str | os.PathLike[str]) -> Stored:
         kind, made = header["kind"], header["format"]
         if not isinstance(kind, str) or not isinstance(made, int):
             raise TypeError("kind and format")
-        whole = made > FORMAT or header.get("checksum") == _checksum(tensors)
+        whole = made > FORMAT or header.get("checksum") == checksum(tensors)
     except (ValueError, TypeError, KeyError, RecursionError, RuntimeError) as error:
         raise ArtefactError(
             f"{source} must carry a valid steerkit header. Found a damaged one ({type(error).__name__}: {error!s:.80}). "
@@ -238,8 +238,11 @@ def read(path: str | os.PathLike[str]) -> Stored:
 
 
 def _looks_like(path: Path) -> str:
-    with path.open("rb") as file:
-        start = file.read(4)
+    try:
+        with path.open("rb") as file:
+            start = file.read(4)
+    except OSError as error:
+        return f"one that cannot be opened: {error.strerror}"
     if not start:
         return "an empty file"
     if start[:2] == b"PK" or start[:1] == b"\x80":

@@ -21,7 +21,14 @@ from torch import Tensor
 
 from steerkit import Controller
 from steerkit.conditions import Reading, exponential, linear, stop_after
-from steerkit.errors import AmountError, BaseModelMismatchError, ConditionError, LayerError, SamplesError
+from steerkit.errors import (
+    AmountError,
+    BaseModelMismatchError,
+    ConditionError,
+    DependentConceptsError,
+    LayerError,
+    SamplesError,
+)
 from steerkit.hooks import continuing, rows_are_samples, unsteered
 from steerkit.intervention import Intervention
 from steerkit.model import find_decoder
@@ -375,6 +382,47 @@ def test_a_schedule_that_has_not_begun_reaches_nothing(model: Any) -> None:
         logits(model, ids, mask)
 
 
+@pytest.mark.parametrize("schedule", [stop_after(1), linear(1.0, 0.0, over=1)], ids=str)
+def test_a_schedule_that_ends_before_its_positions_begin_is_refused(schedule: Any) -> None:
+    with pytest.raises(ConditionError, match="leave something"):
+        random_addition((1,), STRONG, positions="generated").scheduled(schedule)
+
+
+def test_a_decoding_loop_of_ones_own_has_no_steps(model: Any) -> None:
+    ids, _ = ragged()
+    edit = random_addition((1,), STRONG, positions="last").scheduled(stop_after(2))
+    with torch.no_grad(), Controller(model, [edit]):
+        cache = model(ids, use_cache=True).past_key_values
+        with pytest.raises(ConditionError, match="outside generate"):
+            model(ids[:, -1:], past_key_values=cache)
+
+
+def test_opposite_bounds_under_opposite_conditions(model: Any) -> None:
+    ids, mask = ragged()
+    gate = halving(model, ids, mask, at_least=0.5)
+    up, down = (
+        random_constraint((1,), **bound, name=name)
+        for name, bound in (("up", {"at_least": 0.9}), ("down", {"at_most": 0.1}))
+    )
+    with Controller(model, [up.when(gate), down.when(~gate)], record_magnitudes=True) as control:
+        logits(model, ids, mask)
+        acted = [control.magnitudes[name][1].abs().sum(dim=1) > 0 for name in ("up", "down")]
+    assert not bool((acted[0] & acted[1]).any())
+    assert bool(acted[0].any())
+    assert bool(acted[1].any())
+    with pytest.raises(DependentConceptsError, match="contradict"), Controller(model, [up.when(gate), down.when(gate)]):
+        logits(model, ids, mask)
+
+
+def test_a_reading_of_nan_decides_nothing(model: Any) -> None:
+    ids, mask = ragged()
+    gate = halving(model, ids, mask, at_least=0.5)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.fill_(float("nan"))
+    with pytest.raises(ConditionError, match="NaN"), Controller(model, [random_addition((1,), STRONG).when(~gate)]):
+        logits(model, ids, mask)
+
+
 def test_conditions_and_schedules_together_and_in_the_head(model: Any) -> None:
     ids, mask = ragged()
     gate = halving(model, ids, mask, at_least=0.5)
@@ -408,13 +456,15 @@ def test_beams_and_sampling_keep_the_schedule(model: Any) -> None:
 def test_compiled_generation(model: Any) -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
 
+    del model.model.layers[2:]  # tracing costs a second a block
+    model.config.num_hidden_layers = 2
     torch._dynamo.reset()
     ids, mask = ragged()
-    gate = halving(model, ids, mask, at_least=0.5)
+    gate = halving(model, ids, mask, layer=1, at_least=0.5)
     edits = [
-        random_addition((1,), STRONG, name="it").when(gate),
-        random_addition((2,), STRONG, name="fading", seed=3).scheduled(exponential(half_life=2)),
-        random_constraint((2,), at_most=0.05, name="bound").when(~gate).scheduled(stop_after(2)),
+        random_addition((0,), STRONG, name="it").when(gate),
+        random_addition((1,), STRONG, name="fading", seed=3).scheduled(exponential(half_life=2)),
+        random_constraint((1,), at_most=0.05, name="bound").when(~gate).scheduled(stop_after(2)),
     ]
     with Controller(model, edits):
         wanted = generate(model, ids, mask, max_new_tokens=NEW)
@@ -433,9 +483,11 @@ def test_compiled_generation(model: Any) -> None:
 
 def test_a_compiled_bare_pass_is_refused(model: Any) -> None:
     torch._dynamo.reset()
+    del model.model.layers[2:]
+    model.config.num_hidden_layers = 2
     ids, mask = ragged()
-    gate = halving(model, ids, mask, at_least=0.5)
-    control = Controller(model, random_addition((1,), STRONG).when(gate)).attach()
+    gate = halving(model, ids, mask, layer=1, at_least=0.5)
+    control = Controller(model, random_addition((0,), STRONG).when(gate)).attach()
     try:
         with pytest.raises(Exception, match="cannot run one"):
             torch.compile(model, backend="eager")(ids, attention_mask=mask)

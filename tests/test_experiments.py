@@ -12,8 +12,10 @@ from tiny import D_MODEL, DEPTH, random_addition, random_vector, tiny_model, tin
 
 from steerkit import Concept, Controller, experiments, plots, record
 from steerkit.concepts.probe import Probe
+from steerkit.conditions import linear
 from steerkit.errors import (
     AmountError,
+    AttachError,
     BaseModelMismatchError,
     LayerError,
     ReportError,
@@ -360,7 +362,9 @@ def test_next_token_is_the_exact_change_and_sums_to_the_divergence(concept: Conc
     whole = [cell.value for cell in found.only(side="raised")["kl"] if isinstance(cell, Estimate)]
     assert len(whole) == change.numel()
     assert sum(whole) == pytest.approx(divergence, rel=1e-4)
-    assert value(found, "random change", side="raised", rank=1) < 0.3 * value(found, "change", side="raised", rank=1)
+    control = [cell.value for cell in found.only(side="raised")["random change"] if isinstance(cell, Estimate)]
+    assert control == sorted(control, reverse=True)  # of its own tokens, by its own rank
+    assert sum(control) == pytest.approx(0, abs=1e-6)
     assert value(found, "random kl", side="all") > 0
 
 
@@ -380,6 +384,30 @@ def test_the_control_of_next_token_moves_as_far(concept: Concept) -> None:
     none = experiments.next_token(model, tokenizer, texts, random_addition((2,), 0.0), top=1)
     assert value(none, "kl", side="all") == 0
     assert value(none, "random kl", side="all") == pytest.approx(0, abs=1e-9)
+
+
+def test_next_token_refuses_what_does_not_act_before_it(concept: Concept) -> None:
+    given = tiny_model("llama"), tiny_tokenizer(), PROMPTS
+    late = random_addition((1,), 30.0, positions="generated")
+    rising = random_addition((1,), 30.0).scheduled(linear(0.0, 1.0, over=4))
+    for edit in (late, rising):
+        with pytest.raises(AmountError, match="step 0"):
+            experiments.next_token(*given, edit)
+
+
+def test_experiments_want_a_model_that_nothing_edits(concept: Concept) -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    step = concept.add(1.0)
+    for run in (
+        lambda: experiments.tokens(model, tokenizer, concept, PROMPTS[0]),
+        lambda: experiments.persistence(model, tokenizer, concept, PROMPTS, step),
+        lambda: experiments.next_token(model, tokenizer, PROMPTS, step),
+        lambda: experiments.inside(model, tokenizer, random_vector(model), [concept], PROMPTS),
+        lambda: experiments.ablate(model, tokenizer, random_vector(model), PROMPTS),
+        lambda: experiments.edit_weights(model, tokenizer, step, PROMPTS),
+    ):
+        with pytest.raises(AttachError, match="by themselves"), Controller(model, [random_addition((1,), 5.0)]):
+            run()
 
 
 # What can carry a constant.

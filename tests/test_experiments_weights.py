@@ -164,6 +164,11 @@ def test_alignment_tells_whether_a_cosine_means_anything(recwarn: pytest.Warning
     assert value(same, "cosine", layer="all") == pytest.approx(1)
     assert value(same, "inputs", layer="all") == pytest.approx(1)
     assert [row[0] for row in same.rows] == ["all", 0, 1, 2, 3]
+    part = experiments.alignment(one.only(layers=[1, 2]), one)  # as long as its share of the whole
+    assert value(part, "cosine", layer="all") == pytest.approx(one.only(layers=[1, 2]).norm() / one.norm())
+    assert value(part, "cosine", layer=2) == pytest.approx(1)
+    whole, some = (value(table, "chance", layer="all") for table in (same, part))
+    assert some == pytest.approx(whole * math.sqrt(2) * value(part, "cosine", layer="all"))
     shared = experiments.alignment(alike, one)
     assert value(shared, "inputs", layer=2) == pytest.approx(1)
     assert value(shared, "cosine", layer="all") == pytest.approx(one.cosine(alike))
@@ -370,6 +375,24 @@ def test_an_edited_weight_shifts_by_the_magnitude_on_average(name: str, ridge: f
     if ridge == math.inf:
         assert float(dense(delta).norm()) == pytest.approx(3.0 / float(mean.norm()), rel=1e-3)
     assert load_and_merge_agree(model, vector)
+
+
+def test_edits_at_several_layers_see_one_another() -> None:
+    """What a later weight reads has been moved by the earlier ones: each shifts by its magnitude with all of them there."""
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    addition = random_addition((0, 2), 8.0)
+    vector = experiments.edit_weights(model, tokenizer, addition, TEXTS)
+    for weight, delta in vector.deltas.items():
+        seen: list[torch.Tensor] = []
+        module = find_decoder(model).model.get_submodule(weight.removesuffix(".weight"))
+        handle = module.register_forward_hook(lambda module, args, output, seen=seen: seen.append(args[0][0]))
+        with Controller(model, [vector.add(1.0)]), torch.no_grad():
+            for text in TEXTS:
+                model(torch.tensor([tokenizer(text).input_ids]))
+        handle.remove()
+        layer = int(weight.split("layers.")[1].split(".")[0])
+        moved = torch.cat(seen) @ dense(delta).T @ addition.directions[layer]
+        assert float(moved.mean()) == pytest.approx(8.0, rel=1e-3)
 
 
 def load_and_merge_agree(model: Any, vector: PreferenceVector) -> bool:

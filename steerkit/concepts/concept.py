@@ -308,7 +308,9 @@ class Concept(HubArtefact):
             ConditionError: a bound that is no probability, that every prompt meets, or two that none does.
             LayerError: a layer that was not probed.
         """
-        [layer] = self._own_layers(self.best_layer if layer is None else layer)
+        [layer, *more] = self._own_layers(self.best_layer if layer is None else layer)
+        if more:
+            raise LayerError(f"A condition reads one layer. Found {[layer, *more]}. Combine two with &.", layer=layer)
         probe = self.probes[layer]
         read = cast(Read, self.made.get("read", "last"))
         return Reading(self.name, layer, probe.weight, probe.bias, at_least, at_most, read, self.fingerprint)
@@ -483,6 +485,9 @@ class Concept(HubArtefact):
             raise stored.broken(f"figures that are not numbers ({error})") from error
         stacks = {kind: stored.tensor(f"direction.{kind}", count, width) for kind in DIRECTIONS}
         at = list(enumerate(layers))
+        made = stored.entry("made", dict)
+        if made.get("read", "last") not in ("last", "mean"):
+            raise stored.broken(f"read={made['read']!r:.40}")
         return cls(
             name=stored.entry("name", str),
             probes={layer: Probe(weight[i], float(bias[i])) for i, layer in at},
@@ -492,7 +497,7 @@ class Concept(HubArtefact):
             norms={layer: float(norms[i]) for i, layer in at},
             depth=depth,
             fingerprint=fingerprint,
-            made=stored.entry("made", dict),
+            made=made,
         )
 
 
@@ -503,6 +508,8 @@ def _figures(entry: Any) -> Figures:
         pair = name.endswith("interval")
         low, high = (float(v) for v in entry[name]) if pair else (float(entry[name]),) * 2
         if not (math.isfinite(low) and math.isfinite(high)):
+            raise ValueError(f"{name} = {entry[name]!r:.40}")
+        if name.startswith(("accuracy", "auc")) and not 0 <= low <= high <= 1:
             raise ValueError(f"{name} = {entry[name]!r:.40}")
         values[name] = (low, high) if pair else low
     return Figures(**values)

@@ -14,6 +14,7 @@ import torch
 
 from steerkit.activations import checked_texts, record
 from steerkit.concepts.concept import Concept
+from steerkit.conditions import Scaled
 from steerkit.controller import Controller
 from steerkit.errors import AmountError, CalibrationError, SteerkitWarning
 from steerkit.evaluation import scorers as ready
@@ -199,6 +200,11 @@ def dial(
         raise AmountError(
             f"An amount can be calibrated of an addition, a constraint or a preference vector. Found "
             f"{type(intervention).__name__}. An erasure is on or off."
+        )
+    if isinstance(intervention.amount, Scaled):
+        raise AmountError(
+            f"One number for all samples is calibrated. Found {intervention.amount.reading!r} as the amount of {intervention.name!r}. "
+            "Pass a number; a condition may stay."
         )
     own = intervention.read(intervention.amount)
     if own.samples is not None:

@@ -27,6 +27,7 @@ from steerkit.evaluation.report import Estimate, Report, digest, markdown
 from steerkit.evaluation.run import Scorers, checked_sampling, named
 from steerkit.hooks import steered
 from steerkit.intervention import Intervention
+from steerkit.maths.lowrank import parts
 from steerkit.model import Fingerprint, evaluating, find_decoder
 from steerkit.passes import Prompted, Writer
 from steerkit.types import Text
@@ -199,7 +200,7 @@ def compare(
         seed: of the split, the sampling and the random directions.
         batch_size: rows that run together.
         folder: keeps finished arms in comparison.json there, and the same call after a stop goes on with them; the doses of a method
-            that was stopped between two budgets are searched anew.
+            that was stopped between two budgets are searched anew. Scorers are told apart by their names.
         progress: show a progress bar.
 
     Raises:
@@ -260,7 +261,7 @@ def compare(
     key = [
         *(digest(texts) for texts in (prompts, development, positive, negative, asked)),
         json.dumps([Fingerprint.of(model).header(), towards, contest.goal, sorted(by_name), trials, best_of]),
-        json.dumps({**asdict(sampling), "vectors": {method: repr(each) for method, each in vectors.items()}}),
+        json.dumps({**asdict(sampling), "vectors": {m: [repr(each), _weights(each)] for m, each in vectors.items()}}),
     ]
     keep = None
     if folder is not None:
@@ -278,6 +279,14 @@ def compare(
         contest.after = None if keep is None else lambda: keep(comparison())
         contest.run(concept, shuffled, positive if up else negative, asked, vectors)
         return comparison()
+
+
+def _weights(vector: Intervention) -> str:
+    """Return a digest of what a vector adds: its repr is that of every vector of its name and layers."""
+    found = {**getattr(vector, "deltas", {}), **getattr(vector, "directions", {})}
+    return storage.checksum(
+        {f"{key} {i}": part.detach().cpu() for key, d in found.items() for i, part in enumerate(parts(d))}
+    )
 
 
 def _checked_budgets(budgets: Any) -> tuple[float, ...]:

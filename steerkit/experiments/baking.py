@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -11,11 +12,11 @@ from steerkit.activations import checked_texts, record, tokenise
 from steerkit.controller import Controller
 from steerkit.errors import AmountError, TextsError, UnsupportedModelError
 from steerkit.experiments.looking import hooked, straight
-from steerkit.experiments.running import batches, body, divergences, log_probabilities, random_deltas
+from steerkit.experiments.running import batches, body, divergences, log_probabilities, random_deltas, unedited
 from steerkit.experiments.table import Cell, Table, estimate
 from steerkit.intervention import Addition, Intervention
 from steerkit.maths.lowrank import Delta, LowRank
-from steerkit.model import Decoder, Fingerprint, find_decoder
+from steerkit.model import Decoder, Fingerprint
 from steerkit.preferences.vector import PreferenceVector
 from steerkit.types import Text
 
@@ -36,6 +37,7 @@ def bake(model: Any, addition: Intervention) -> PreferenceVector:
         A vector: `.add(1.0)` steers, `.merge_into(model)` makes a new model, `.save(path)` keeps it.
 
     Raises:
+        AttachError: a Controller is attached.
         AmountError: another kind of intervention, other positions, or amounts for each sample.
         UnsupportedModelError: a block without such a bias.
         BaseModelMismatchError: an addition of another model.
@@ -78,6 +80,7 @@ def edit_weights(
         ridge: how much norm counts against variation; `math.inf` for least norm.
 
     Raises:
+        AttachError: a Controller is attached.
         AmountError: as `bake`, or a ridge that is not positive.
         TextsError: no texts, or inputs with mean 0.
         UnsupportedModelError: a block in which no linear module adds to the stream unchanged (norms behind it, experts).
@@ -88,23 +91,26 @@ def edit_weights(
         raise AmountError(f"`ridge` must be positive. Found {ridge!r}. Try 1, or math.inf for the least norm.")
     decoder, steps = _steps(model, addition)
     modules = {layer: _projection(decoder, layer) for layer in steps}
-    moments = {layer: _Moments(decoder.model.get_submodule(path)) for layer, path in modules.items()}
     tokens = tokenise(tokenizer, texts)
-    with hooked({moment.module: moment.hook for moment in moments.values()}):
-        for part, rows in batches(decoder, tokens):
-            for moment in moments.values():
-                moment.real = rows.mask.bool()
-            body(decoder, part, rows, len(texts))
+    swapped = frozenset(f"{path}.weight" for path in modules.values() if not decoder.linears[path])
     deltas: dict[str, Delta] = {}
     shift = {}
-    for layer, path in modules.items():
+    for layer, path in sorted(modules.items()):
+        moment = _Moments(decoder.model.get_submodule(path))
+        with ExitStack() as stack:
+            if deltas:  # a later weight reads what the earlier ones have moved
+                before = PreferenceVector(addition.name, dict(deltas), Fingerprint.of(model), {}, swapped & set(deltas))
+                stack.enter_context(Controller(model, [before.add(1.0)]))
+            stack.enter_context(hooked({moment.module: moment.hook}))
+            for part, rows in batches(decoder, tokens):
+                moment.real = rows.mask.bool()
+                body(decoder, part, rows, len(texts))
         magnitude = float(steps[layer].norm())
         unit = steps[layer] / magnitude
-        a, deviation = moments[layer].solve(magnitude, ridge)
+        a, deviation = moment.solve(magnitude, ridge)
         name = f"{path}.weight"
         deltas[name] = LowRank(unit[:, None], a[None]) if decoder.linears[path] else LowRank(a[:, None], unit[None])
         shift[str(layer)] = {"mean": magnitude, "deviation": deviation}
-    swapped = frozenset(f"{path}.weight" for path in modules.values() if not decoder.linears[path])
     made = {"edited": _noted(addition, steps), "shift": shift, "ridge": str(ridge), "tokens": sum(map(len, tokens))}
     return PreferenceVector(addition.name, deltas, Fingerprint.of(model), made, swapped)
 
@@ -224,7 +230,7 @@ def _steps(model: Any, addition: Intervention) -> tuple[Decoder, dict[int, Tenso
         )
     if not bool(amounts.values.any()):
         raise AmountError("An addition must add something. Found magnitude 0. Pass another.")
-    decoder = find_decoder(model)
+    decoder = unedited(model)
     if addition.fingerprint is not None:
         addition.fingerprint.check(Fingerprint.of(model), repr(addition.name))
     addition.check(decoder)

@@ -120,7 +120,7 @@ def straight(decoder: Decoder, layer: int, paths: Iterable[str]) -> list[str]:
     plain = kept["plain"].float()
     step = torch.randn(decoder.d_model, generator=torch.Generator().manual_seed(layer)).to(plain.device)
     step = step * plain.norm(dim=-1).mean() / step.norm()
-    near = max(1e-4, 16 * torch.finfo(kept["plain"].dtype).eps)
+    near = max(1e-4, 16 * torch.finfo(decoder.model.dtype).eps)
     found = []
     for path in paths:
         module = decoder.model.get_submodule(path)

@@ -11,9 +11,9 @@ from steerkit.concepts.concept import Concept
 from steerkit.errors import TextsError
 from steerkit.evaluation.report import Estimate
 from steerkit.experiments.looking import editing, hooked, keeping
-from steerkit.experiments.running import after, check_concept, prompts, random_directions
+from steerkit.experiments.running import after, check_concept, prompts, random_directions, unedited
 from steerkit.experiments.table import Cell, Table, estimate
-from steerkit.model import Decoder, find_decoder, resolve_layers
+from steerkit.model import Decoder, resolve_layers
 from steerkit.passes import Continued
 from steerkit.types import Layers, Text
 
@@ -65,13 +65,14 @@ def patch(
         seed: of the random directions.
 
     Raises:
+        AttachError: a Controller is attached.
         TextsError: lists of other lengths, answers that begin with one token, or a pair whose clean prompt does not favour the
             right answer more than its corrupted one does.
         LayerError: a layer that was not probed.
         BaseModelMismatchError: a concept of another model.
     """
     clean, corrupted = checked_texts(clean, "clean"), checked_texts(corrupted, "corrupted")
-    decoder = find_decoder(model)
+    decoder = unedited(model)
     check_concept(model, decoder, concept)
     chosen = concept.layers if layers is None else resolve_layers(layers, decoder.depth)
     if not len(clean) == len(corrupted) == len(answers):

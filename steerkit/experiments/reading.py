@@ -16,7 +16,7 @@ from steerkit.controller import Controller
 from steerkit.errors import AmountError, LayerError, SteerkitWarning, TextsError
 from steerkit.evaluation.report import Estimate
 from steerkit.experiments.looking import hooked, keeping, submodules
-from steerkit.experiments.running import at_random, batches, body, check_concept, listed, measuring
+from steerkit.experiments.running import at_random, batches, body, check_concept, listed, measuring, unedited
 from steerkit.experiments.table import Cell, Table, TokenTable, estimate
 from steerkit.intervention import Intervention, ResidualIntervention
 from steerkit.model import Decoder, find_decoder, resolve_layers
@@ -202,12 +202,13 @@ def tokens(
         layers: where to read; every probed layer by default.
 
     Raises:
+        AttachError: a Controller is attached.
         TextsError: no text.
         LayerError: a layer that was not probed.
         BaseModelMismatchError: a concept or an intervention of another model.
     """
     [ids] = tokenise(tokenizer, checked_texts([text], "text"))
-    decoder = find_decoder(model)
+    decoder = unedited(model)
     check_concept(model, decoder, concept)
     chosen = concept.layers if layers is None else resolve_layers(layers, decoder.depth)
     readings = [_read_tokens(decoder, concept, ids, chosen)]
@@ -278,6 +279,7 @@ def persistence(
         seed: of the random direction.
 
     Raises:
+        AttachError: a Controller is attached.
         AmountError: a change of weights, or amounts for each sample.
         LayerError: no probe at the first layer of the intervention.
         TextsError: no texts, or none that the edit changes.
@@ -293,7 +295,7 @@ def persistence(
         raise AmountError(
             f"{intervention.name!r} must have one amount for all texts. Found one a sample. Pass a number."
         )
-    decoder = find_decoder(model)
+    decoder = unedited(model)
     check_concept(model, decoder, concept)
     intervention.check(decoder)
     start = min(intervention.layers)

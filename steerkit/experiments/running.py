@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from steerkit.activations import refuse_long
 from steerkit.concepts.concept import Concept
 from steerkit.controller import Controller
-from steerkit.errors import BaseModelMismatchError, TextsError
+from steerkit.errors import AttachError, BaseModelMismatchError, TextsError
 from steerkit.experiments.looking import editing, hooked, keeping
-from steerkit.hooks import rows_are_samples
+from steerkit.hooks import rows_are_samples, steered
 from steerkit.intervention import Intervention, ResidualIntervention, WeightAddition
 from steerkit.maths.lowrank import Delta, LowRank, inner, parts, scaled
-from steerkit.model import Decoder, Fingerprint, evaluating
+from steerkit.model import Decoder, Fingerprint, evaluating, find_decoder
 from steerkit.passes import Continued, device_of, read
 
 _TOKENS_A_BATCH = 2048
@@ -27,6 +27,20 @@ _ROWS_A_BATCH = 16
 
 Steps = dict[int, list[Tensor]]
 """By layer, for each forward pass in order: how far each position was moved, `"batch pos"`."""
+
+
+def unedited(model: Any) -> Decoder:
+    """Return the decoder of a model that nothing edits: what an experiment calls unsteered must be so.
+
+    Raises:
+        AttachError: a Controller is attached.
+    """
+    decoder = find_decoder(model)
+    if steered(decoder.model):
+        raise AttachError(
+            "Experiments attach by themselves. Found a Controller attached. Leave its `with`, or detach it."
+        )
+    return decoder
 
 
 def check_concept(model: Any, decoder: Decoder, concept: Concept) -> None:

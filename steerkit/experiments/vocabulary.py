@@ -11,10 +11,18 @@ from torch import Tensor
 from steerkit.activations import checked_texts, tokenise
 from steerkit.concepts.concept import Concept
 from steerkit.controller import Controller
-from steerkit.errors import BaseModelMismatchError, TextsError
+from steerkit.errors import AmountError, BaseModelMismatchError, TextsError
 from steerkit.evaluation.report import Estimate
 from steerkit.experiments.looking import unembedding
-from steerkit.experiments.running import at_random, check_concept, divergences, listed, log_probabilities, measuring
+from steerkit.experiments.running import (
+    at_random,
+    check_concept,
+    divergences,
+    listed,
+    log_probabilities,
+    measuring,
+    unedited,
+)
 from steerkit.experiments.table import Cell, Table, estimate
 from steerkit.intervention import Intervention
 from steerkit.model import Decoder, find_decoder, resolve_layers
@@ -126,7 +134,8 @@ def next_token(
     the token's share of `KL(q || p) = sum q log(q / p)` in nats; the last row is the whole of it.
 
     The control ("random") moves every edited position as far, along a random direction a block; changes of weights are
-    exchanged for random ones of the same shapes, ranks and norms.
+    exchanged for random ones of the same shapes, ranks and norms. Its figures are those of the token of the same rank among
+    what it raises or lowers itself: the most of many changes is large whatever the direction.
 
     Args:
         model: a causal language model; not changed.
@@ -137,13 +146,23 @@ def next_token(
         seed: of the random directions.
 
     Raises:
+        AttachError: a Controller is attached.
         TextsError: no prompts, `top` out of range.
+        AmountError: an intervention that does not act before the next token.
         BaseModelMismatchError, AmountError, LayerError: as the Controller raises them.
     """
     texts = checked_texts(prompts, "prompts")
     _check_top(tokenizer, top)
-    attached, decoder = listed(interventions), find_decoder(model)
+    attached, decoder = listed(interventions), unedited(model)
     Controller(model, attached)
+    for each in attached:
+        if each.positions == "generated" or (
+            each.schedule is not None and not bool(each.schedule.factor(torch.zeros(1)).any())
+        ):
+            raise AmountError(
+                f"The next token follows the prompt's last position, at step 0. Found {each.name!r}, which does not act there "
+                f"(positions={each.positions!r}, {each.schedule}). Use positions='last'."
+            )
     ids = tokenise(tokenizer, texts)
     plain = log_probabilities(decoder, ids).double()
     with measuring(model, decoder, attached) as steps:
@@ -154,8 +173,13 @@ def next_token(
     shares = [each.exp() * (each - plain) for each in (steered, randomly)]
     rows: list[tuple[Cell, ...]] = []
     for side, sign in (("raised", 1), ("lowered", -1)):
-        for rank, token in enumerate((sign * changes[0].mean(dim=0)[: len(tokenizer)]).topk(top).indices.tolist(), 1):
-            figures = [estimate(each[:, token]) for each in (*changes, *shares)]
+        best = [(sign * each.mean(dim=0)[: len(tokenizer)]).topk(top).indices.tolist() for each in changes]
+        for rank, (token, other) in enumerate(zip(*best, strict=True), 1):
+            figures = [
+                estimate(each[:, at])
+                for pair in (changes, shares)
+                for each, at in zip(pair, (token, other), strict=True)
+            ]
             means = [float(each[:, token].exp().mean()) for each in (plain, steered)]
             rows.append((side, rank, tokenizer.decode([token]), *means, *figures))
     whole = [estimate(divergences(each, plain)) for each in (steered, randomly)]
@@ -163,7 +187,8 @@ def next_token(
     return Table(
         "What steering does to the next token",
         f"Probabilities before and after, their change, and the share of KL(steered || unsteered) in nats, means over "
-        f"{len(texts)} prompts; brackets are 95 % intervals over prompts. Control: steps of the same length along random directions.",
+        f"{len(texts)} prompts; brackets are 95 % intervals over prompts. Control: steps of the same length along random directions, "
+        "at the token of the same rank among theirs.",
         ("side", "rank"),
         ("token", "before", "after", "change", "random change", "kl", "random kl"),
         tuple(rows),

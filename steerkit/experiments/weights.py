@@ -13,10 +13,16 @@ from steerkit.activations import checked_texts, record, tokenise
 from steerkit.concepts.concept import Concept
 from steerkit.controller import Controller
 from steerkit.errors import PolicyError, SteerkitWarning, TextsError
-from steerkit.experiments.running import check_concept, divergences, log_probabilities, random_deltas, refuse_few
+from steerkit.experiments.running import (
+    check_concept,
+    divergences,
+    log_probabilities,
+    random_deltas,
+    refuse_few,
+    unedited,
+)
 from steerkit.experiments.table import Cell, Table, estimate
 from steerkit.maths.lowrank import Delta, LowRank, decomposition, inner, transposed
-from steerkit.model import find_decoder
 from steerkit.preferences.vector import PreferenceVector
 from steerkit.types import Text
 
@@ -47,6 +53,7 @@ def inside(
         seed: of the random vector.
 
     Raises:
+        AttachError: a Controller is attached.
         TextsError: fewer than two texts, no concepts, two of one name, or texts of which a probe reads one value.
         BaseModelMismatchError: a vector or a concept of another model.
     """
@@ -55,7 +62,7 @@ def inside(
     names = [concept.name for concept in concepts]
     if not names or len(set(names)) < len(names):
         raise TextsError(f"Concepts are required, each with its own name. Found {names}.")
-    decoder = find_decoder(model)
+    decoder = unedited(model)
     for concept in concepts:
         check_concept(model, decoder, concept)
     added = {
@@ -162,6 +169,7 @@ def ablate(
         seed: of the random changes.
 
     Raises:
+        AttachError: a Controller is attached.
         TextsError: no texts.
         PolicyError: a vector with one part, or `by` of another kind.
         BaseModelMismatchError: a vector or a concept of another model.
@@ -169,7 +177,7 @@ def ablate(
     texts = checked_texts(texts, "texts")
     if by not in ("layer", "module"):
         raise PolicyError(f"`by` must be 'layer' or 'module'. Found {by!r}. Choose one.")
-    decoder = find_decoder(model)
+    decoder = unedited(model)
     if concept is not None:
         check_concept(model, decoder, concept)
     found: dict[Cell, list[str]] = {}
@@ -219,8 +227,9 @@ def alignment(delta: Any, vector: PreferenceVector, *, base: Any = None) -> Tabl
     A cosine means something for whole weights, or for low-rank adapters that started from one initial A: others have cosines near 0
     however alike they act (see `PreferenceVector.cosine`). `inputs` tells: the cosine between `A1^T A1` and `A2^T A2`, the
     mean over the shared matrices. It is near 1 for one initial A, less once a vector was compressed, and about `r / (d + r)` for
-    unrelated ones of rank r and d inputs, `inputs by chance`. The control: 95 % of random changes lie within
-    `chance = 1.96 / sqrt(entries)` of 0. Task vectors, arXiv:2212.04089.
+    unrelated ones of rank r and d inputs, `inputs by chance`. Parameters
+    that only one of them changes count in its length. The control: 95 % of random changes lie within
+    `chance = 1.96 / sqrt(entries)` of 0, entries those that both change, times the shares of both lengths that lie there. Task vectors, arXiv:2212.04089.
 
     Args:
         delta: a preference vector, or a policy: a trained model, a PEFT model, a folder of either.
@@ -240,7 +249,7 @@ def alignment(delta: Any, vector: PreferenceVector, *, base: Any = None) -> Tabl
                 "A policy is compared by what it changed: `base`, its base model, is required. Found none."
             )
         delta = PreferenceVector.difference(delta, base, name="policy")
-    whole = vector.cosine(delta)
+    vector.cosine(delta)  # raises for other bases and zero vectors
     groups: dict[Cell, list[str]] = {}
     for name in (*vector.deltas, *(name for name in delta.deltas if name not in vector.deltas)):
         layer = _place(name)[0]
@@ -251,13 +260,18 @@ def alignment(delta: Any, vector: PreferenceVector, *, base: Any = None) -> Tabl
         if not shared:
             continue
         product = sum(inner(delta.deltas[name], vector.deltas[name]) for name in shared)
-        norms = [sum(inner(v.deltas[n], v.deltas[n]) for n in names if n in v.deltas) for v in (delta, vector)]
+        both, own = (
+            math.prod(
+                math.sqrt(sum(inner(v.deltas[n], v.deltas[n]) for n in of if n in v.deltas)) for v in (delta, vector)
+            )
+            for of in (shared, names)
+        )
         entries = sum(vector.deltas[name].shape.numel() for name in shared)
         rows.append(
             (
                 label,
-                whole if label == "all" else product / math.sqrt(norms[0] * norms[1]),
-                1.96 / math.sqrt(entries),
+                product / own if own else None,
+                1.96 / math.sqrt(entries) * both / own if own else None,
                 *_same_inputs(shared, delta, vector),
             )
         )
@@ -277,7 +291,7 @@ def alignment(delta: Any, vector: PreferenceVector, *, base: Any = None) -> Tabl
         )
     return Table(
         f"How {delta.name!r} lies to {vector.name!r}",
-        "Cosine over the parameters that both change. Control: 95 % of random changes lie within ±chance. `inputs` near 1: one "
+        "Cosine; parameters that only one of them changes count in its length. Control: 95 % of random changes lie within ±chance. `inputs` near 1: one "
         "initial A; empty: whole weights.",
         ("layer",),
         ("cosine", "chance", "inputs", "inputs by chance"),

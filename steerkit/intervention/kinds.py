@@ -89,8 +89,8 @@ class Intervention(ABC):
 
         The plain model reads the prompt once, in a pass of its own before anything is edited, which costs one prefill. What
         it decides holds for all that is generated (CAST, arXiv:2409.05907, with a calibrated probability for its cosine).
-        A bare forward pass is all prompt, and passes that continue its cache keep to what it decided. Given twice, both must
-        hold.
+        A bare forward pass is all prompt, and passes that continue its cache keep to what it decided, until other prompts
+        begin. Given twice, both must hold.
 
         Raises:
             ConditionError: no condition, or a reading without a bound.
@@ -104,11 +104,11 @@ class Intervention(ABC):
             sentiment.add(4.0).scheduled(exponential(half_life=20))
 
         Step 0 is the prompt, whose last token yields the first new one; the t-th new token is step t. A bare forward pass
-        is all prompt.
+        is all prompt; one that continues a cache outside of generate is refused.
 
         Raises:
-            ConditionError: no schedule, a second one, positions that are all prompt, or a bound or an erasure (which hold or do
-                not) with a schedule that fades.
+            ConditionError: no schedule, a second one, positions that it leaves nothing at, or a bound or an erasure (which hold
+                or do not) with a schedule that fades.
         """
         if not isinstance(schedule, Schedule):
             raise ConditionError(f"A schedule is required. Found {type(schedule).__name__}. Use stop_after(20).")
@@ -118,6 +118,12 @@ class Intervention(ABC):
             raise ConditionError(
                 f"A schedule runs over new tokens. Found {self.name!r} at positions='prompt', where it would change nothing. "
                 "Use other positions, or leave it out."
+            )
+        later = schedule.factor(torch.tensor([1, 2**31 - 1]))
+        if self.positions == "generated" and not bool(later.any()):
+            raise ConditionError(
+                f"A schedule must leave something after the prompt. Found {schedule} for {self.name!r} at positions='generated', "
+                "which begin at step 1. Use stop_after(2) or more, or positions='last'."
             )
         if not schedule.whole and not self.graded:
             raise ConditionError(

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import DEPTH, random_addition, random_constraint, random_erasure, random_vector, tiny_model
+from tiny import D_MODEL, DEPTH, random_addition, random_constraint, random_erasure, random_vector, tiny_model
 
 from steerkit import Controller, Report, evaluate
+from steerkit.conditions import Reading
 from steerkit.errors import AmountError, CalibrationError, ScorerError, SteerkitError, SteerkitWarning, TextsError
 from steerkit.evaluation import Calibration, calibrate
 from steerkit.intervention import Addition
@@ -257,6 +258,12 @@ def test_amounts_by_layer_keep_their_proportions(own: str, between: Any, model: 
     assert 0.08 <= found.chosen.kl.value <= 0.1
     assert Controller(model, [random_addition(layers=(0, 2), magnitude=found.amount)])
     assert "0: " in found.table()
+
+
+def test_an_amount_that_follows_a_reading_is_refused(model: Any, tokenizer: Any) -> None:
+    reading = Reading("asks", 0, torch.ones(D_MODEL), 0.0)
+    with pytest.raises(AmountError, match="for all samples"):
+        calibrate(model, tokenizer, PROMPTS, random_addition((1,), magnitude=reading.scaled(0, 5)), budget=0.1)
 
 
 @pytest.mark.parametrize("own", [-1.0, {0: -1.0, 2: -0.5}, {0: 0.5, 2: -1.0}])

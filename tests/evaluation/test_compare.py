@@ -699,7 +699,14 @@ def test_a_stopped_comparison_goes_on(
     again = compare(model, tokenizer, PROMPTS, **given, folder=tmp_path / "kept")
     assert len(calls) - done < done / 8  # the length that best-of-n pays with, and doses that were not found
     assert again.table() == found.table()
-    for changed in ({"trials": 5}, {"positive": POSITIVE[1:]}, {"towards": "negative"}, {"samples": 1}):
+    other = random_vector(model, seed=5).add(1.0)  # of the same name and layers
+    for changed in (
+        {"vector": other},
+        {"trials": 5},
+        {"positive": POSITIVE[1:]},
+        {"towards": "negative"},
+        {"samples": 1},
+    ):
         with pytest.raises(ArtefactError, match="other texts, settings"):
             compare(model, tokenizer, PROMPTS, **{**given, **changed}, folder=tmp_path / "kept")
 

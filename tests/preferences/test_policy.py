@@ -6,9 +6,7 @@ import json
 import math
 import os
 import random
-import socket
-import subprocess
-import sys
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,13 +15,17 @@ from typing import Any
 import peft
 import pytest
 import torch
+from accelerate import PartialState
 from datasets import Dataset
+from forked import Run
+from safetensors.torch import load_file, save_file
 from tiny import random_addition, tiny_model, tiny_tokenizer
 from torch import Tensor
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
-from steerkit import Controller, PolicyConfig, PreferenceVector, train_policy
+from steerkit import Controller, PolicyConfig, PreferenceVector, storage, train_policy
+from steerkit.cli import app
 from steerkit.errors import AttachError, PolicyError, SteerkitError, TrainingError, UnsupportedModelError
 from steerkit.maths.lowrank import dense, parts
 from steerkit.model import Fingerprint
@@ -720,89 +722,56 @@ def test_full_weights_resume_and_are_reused(tmp_path: Path, monkeypatch: pytest.
 
 # Two processes.
 
-SCRIPT = """
-import json, shutil, sys, warnings
-sys.path.insert(0, {tests!r})
-import torch
-torch.set_num_threads(1)
-warnings.simplefilter("ignore")
-from pathlib import Path
-from accelerate import PartialState
-from safetensors.torch import save_file
-from tiny import tiny_model, tiny_tokenizer
-from steerkit import PolicyConfig, PreferenceVector, storage
-from steerkit.cli import app
-from steerkit.maths.lowrank import parts
 
-folder, rank = Path({folder!r}), PartialState(cpu=True).process_index
-assert PartialState().num_processes == 2
-pairs = json.loads((folder / "pairs.json").read_text())
-written = []
-replace = storage.write
-def counted(path, *args, **kwargs):
-    written.append(str(path))
-    return replace(path, *args, **kwargs)
-storage.write = counted
+def two(out: Path) -> None:
+    """Fit with and without a folder, as after a kill in the middle, and from the command line; write what came out."""
+    rank, written = PartialState(cpu=True).process_index, []
+    assert PartialState().num_processes == 2
+    write = storage.write
 
-def fit(output_dir):
-    settings = PolicyConfig(max_steps=3, learning_rate=1e-3, lora_r=4, lora_alpha=8, save_steps=2)
-    return PreferenceVector.fit(
-        "liked", tiny_model("llama"), tiny_tokenizer(chat=True, pad=True), pairs, config=settings, output_dir=output_dir
-    )
+    def counted(path: Any, *args: Any, **kwargs: Any) -> Any:
+        written.append(str(path))
+        return write(path, *args, **kwargs)
 
-for name, where in (("kept", folder / "runs"), ("scratch", None)):
-    vector = fit(where)
-    flat = {{f"{{n}}.{{i}}": p.contiguous().clone() for n, d in vector.deltas.items() for i, p in enumerate(parts(d))}}
-    save_file(flat, folder / f"{{name}}-{{rank}}.safetensors")
-    (folder / f"{{name}}-{{rank}}.json").write_text(json.dumps(dict(vector.made)))
-PartialState().wait_for_everyone()
-if rank == 0:  # as after a kill in the middle of the second twin
-    shutil.rmtree(folder / "runs" / "away")
-PartialState().wait_for_everyone()
-for name in ("half", "again"):
-    vector = fit(folder / "runs")
-    flat = {{f"{{n}}.{{i}}": p.contiguous().clone() for n, d in vector.deltas.items() for i, p in enumerate(parts(d))}}
-    save_file(flat, folder / f"{{name}}-{{rank}}.safetensors")
-words = ["vector", "train", "cli", str(folder / "pairs.jsonl"), "-o", str(folder / "cli.safetensors")]
-code = 0
-try:
-    app([*words, "--model", str(folder / "model"), "--steps", "2", "--rank", "4"], standalone_mode=True)
-except SystemExit as done:
-    code = done.code or 0
-(folder / f"cli-{{rank}}.json").write_text(json.dumps({{"code": code, "written": written}}))
-"""
+    storage.write = counted
+
+    def fit(name: str, output_dir: Path | None) -> None:
+        vector = PreferenceVector.fit(
+            "liked", tiny_model("llama"), tokenizer(), PAIRS, config=config(save_steps=2), output_dir=output_dir
+        )
+        save_file({k: p.contiguous().clone() for k, p in all_parts(vector).items()}, out / f"{name}-{rank}.safetensors")
+        (out / f"{name}-{rank}.json").write_text(json.dumps(dict(vector.made)))
+
+    fit("kept", out / "runs")
+    fit("scratch", None)
+    PartialState().wait_for_everyone()
+    if rank == 0:  # as after a kill in the middle of the second twin
+        shutil.rmtree(out / "runs" / "away")
+    PartialState().wait_for_everyone()
+    fit("half", out / "runs")
+    fit("again", out / "runs")
+    words = ["vector", "train", "cli", str(out / "pairs.jsonl"), "-o", str(out / "cli.safetensors")]
+    code: Any = 0
+    try:
+        app([*words, "--model", str(out / "model"), "--steps", "2", "--rank", "4"], standalone_mode=True)
+    except SystemExit as done:
+        code = done.code or 0
+    (out / f"cli-{rank}.json").write_text(json.dumps({"code": code, "written": written}))
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("two")
-    (folder / "pairs.json").write_text(json.dumps(PAIRS))
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, PAIRS)))
     tiny_model("llama").save_pretrained(folder / "model")
     tokenizer().save_pretrained(folder / "model")
-    tests = str(Path(__file__).parent.parent)
-    (folder / "script.py").write_text(SCRIPT.format(tests=tests, folder=str(folder)))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # What `accelerate launch` starts for several processes; without a configuration file it starts one on a CPU.
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
-    done = subprocess.run(
-        [sys.executable, *launch, str(folder / "script.py")],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-    )
-    return SimpleNamespace(folder=folder, code=done.returncode, output=(done.stdout + done.stderr)[-6000:])
+    pair = Run(two, folder, 2)
+    return SimpleNamespace(folder=folder, codes=pair.codes(300), output=pair.told())
 
 
 @pytest.mark.slow
 def test_two_processes_end_with_the_same_bits(two_processes: SimpleNamespace) -> None:
-    from safetensors.torch import load_file
-
-    assert two_processes.code == 0, two_processes.output
+    assert two_processes.codes == [0, 0], two_processes.output
     folder = two_processes.folder
     for name in ("kept", "scratch", "half", "again"):
         one, other = (load_file(folder / f"{name}-{rank}.safetensors") for rank in (0, 1))
