@@ -27,7 +27,7 @@ from torch import Tensor
 from steerkit import Concept, Controller, load, record, storage
 from steerkit.activations import Activations
 from steerkit.errors import ArtefactError, BaseModelMismatchError, SteerkitError
-from steerkit.storage import _checksum
+from steerkit.storage import checksum
 from steerkit.types import DIRECTIONS
 
 TEXTS = [f"w{i} w{i + 1} w{2 * i}" for i in range(24)]
@@ -68,7 +68,7 @@ def forge(path: Path, header: Any, tensors: dict[str, Tensor]) -> Path:
     if isinstance(header, dict):
         # What is forged has a fitting checksum, so that the checks behind it are reached.
         with suppress(RuntimeError):
-            header = {**header, "checksum": _checksum(tensors)}
+            header = {**header, "checksum": checksum(tensors)}
     text = header if isinstance(header, str) else json.dumps(header)
     path.write_bytes(save({k: v.contiguous() for k, v in tensors.items()}, metadata={"steerkit": text}))
     return path
