@@ -28,7 +28,7 @@ from steerkit.errors import ArtefactError, AttachError, BaseModelMismatchError, 
 from steerkit.maths.lowrank import Delta, LowRank, dense, parts
 from steerkit.model import Fingerprint
 from steerkit.preferences.vector import cosines, interference
-from steerkit.storage import _checksum
+from steerkit.storage import checksum
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),  # peft 0.21 with transformers 5
@@ -707,7 +707,7 @@ def opened(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def forge(path: Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
     """Write a file with any header and a fitting checksum, so that the checks behind it are reached."""
-    header = {**header, "checksum": _checksum(tensors)}
+    header = {**header, "checksum": checksum(tensors)}
     metadata = {"steerkit": json.dumps(header)}
     path.write_bytes(save({k: v.contiguous() for k, v in tensors.items()}, metadata=metadata))
     return path
