@@ -141,6 +141,29 @@ def main():
         "scope_steps": load("gapo_scope")["steps"],
         "scope_how": how(load("gapo_scope")),
     }
+    gcav, vectors, policies = (load(f"paper_{name}") for name in ("gcav", "preference_vector", "gapo"))
+    values |= {
+        **{f"gcav_{name}": gcav["settings"][name] for name in ("prompts", "samples", "tokens", "budget")},
+        "gcav_tables": made.gcav_tables(gcav),
+        "gcav_layers": made.gcav_layers(gcav),
+        "gcav_many": made.gcav_many(gcav),
+        "gcav_strength": made.gcav_strength(gcav),
+        "gcav_differs": made.differs(gcav),
+        "gcav_how": how(gcav),
+        **{f"vector_{name}": vectors["settings"][name] for name in ("prompts", "tokens", "steps")},
+        "vector_auc": ", ".join(f"{name} {auc:.2f}" for name, auc in vectors["auc"].items()),
+        "vector_tables": made.vector_tables(vectors),
+        "vector_grids": made.vector_grids(vectors),
+        "vector_twins": ", ".join(f"{name} {cosine:.2f}" for name, cosine in vectors["figures"]["twins"].items()),
+        "vector_cosine": f"{vectors['figures']['cosine of helpful and harmless']:.2f}",
+        "vector_differs": made.differs(vectors),
+        "vector_how": how(vectors),
+        "gapo_paper_steps": policies["settings"]["steps"],
+        "gapo_paper": made.gapo_tables(policies),
+        "gapo_fronts": made.fronts(policies),
+        "gapo_differs": made.differs(policies),
+        "gapo_paper_how": how(policies),
+    }
     for name, value in values.items():
         page = page.replace("{{" + name + "}}", str(value))
     assert "{{" not in page, page[page.index("{{") :][:40]
