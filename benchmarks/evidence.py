@@ -141,6 +141,13 @@ def main():
         "scope_steps": load("gapo_scope")["steps"],
         "scope_how": how(load("gapo_scope")),
     }
+    primary = load("matched_budget")
+    values |= {
+        "primary_budget": f"{primary['budget']:g}",
+        "primary_contrasts": made.contrasts(primary),
+        **{f"primary_{name}": made.budgeted(primary, name) for name in primary["concepts"]},
+        "primary_how": how(primary),
+    }
     gcav, vectors, policies = (load(f"paper_{name}") for name in ("gcav", "preference_vector", "gapo"))
     values |= {
         **{f"gcav_{name}": gcav["settings"][name] for name in ("prompts", "samples", "tokens", "budget")},

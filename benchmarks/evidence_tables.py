@@ -508,7 +508,12 @@ def gcav_many(run):
         if not name.startswith("three concepts"):
             continue
         for k, scores in zip(found["k"], found["scores"], strict=True):
-            rows.append((f"{name.rpartition(', ')[2]}, k = {k}", *(plain(v, 1 if key == "perplexity" else 3) for key, v in scores.items())))
+            rows.append(
+                (
+                    f"{name.rpartition(', ')[2]}, k = {k}",
+                    *(plain(v, 1 if key == "perplexity" else 3) for key, v in scores.items()),
+                )
+            )
         head = tuple(found["scores"][0])
     return table(("", *head), rows)
 
