@@ -141,6 +141,8 @@ def main():
         "scope_steps": load("gapo_scope")["steps"],
         "scope_how": how(load("gapo_scope")),
     }
+    inside = load("looking_inside")
+    values |= {"looked": made.looked(inside), "looked_how": how(inside)}
     primary = load("matched_budget")
     values |= {
         "primary_budget": f"{primary['budget']:g}",

@@ -103,7 +103,7 @@ def pooled(report, names, measure):
 
 def main():
     given = arguments(
-        __doc__, quick=False, full=False, **dict.fromkeys(QUICK, 0), learning_rate=5e-4, output="policies"
+        __doc__, quick=False, full=False, **dict.fromkeys(QUICK, 0), learning_rate=2e-3, output="policies"
     )
     sizes = sized(given, QUICK, FULL)
     facts = {**header(given), "settings": sizes, "differs": DIFFERS}
