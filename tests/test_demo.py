@@ -7,7 +7,8 @@ import pytest
 from tiny import tiny_model, tiny_tokenizer
 
 from steerkit import load
-from steerkit.demo import contrast_texts, load_model, perplexity, preference_pairs, run
+from steerkit.demo import contrast_texts, load_model, perplexity, preference_pairs
+from steerkit.demo.page import run
 from steerkit.errors import MissingDependencyError
 
 

@@ -24,7 +24,7 @@ def demo(
     """
     import torch
 
-    from steerkit.demo import run
+    from steerkit.demo.page import run
 
     # As many threads as cores fall to a crawl as soon as something else runs; half of them cost little.
     torch.set_num_threads(max(1, torch.get_num_threads() // 2))

@@ -96,7 +96,7 @@ def where(
                 rows.append((site, layer, label, accuracy, Estimate(figures.auc, *figures.auc_interval)))
     return Table(
         f"Where {name!r} can be read",
-        f"Held-out accuracy and AUC of a linear probe at the last token, fitted on {len(texts)} texts; brackets are 95 % "
+        f"Held-out accuracy and AUC of a linear probe at the last token, over the held-out fifth of {len(texts)} texts; brackets are 95 % "
         "intervals. Control: the same states under shuffled labels.",
         ("site", "layer", "labels"),
         ("accuracy", "auc"),
