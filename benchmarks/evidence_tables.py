@@ -398,8 +398,8 @@ def contrasts(run):
             f"{c['first']} − {c['second']}",
             signed(c["difference"], 3),
             " / ".join(f"{kl[0]:.3f}" for kl in c["spent"]),
-            f"{c['p']:.4f}",
-            f"{c['Holm']:.4f}",
+            f"{c['p']:.2g}",
+            f"{c['Holm']:.2g}",
         )
         for c in run["contrasts"]
     ]
@@ -411,16 +411,16 @@ def budgeted(run, name):
     found = run["concepts"][name]
     measures = ("kl", "kl_p90", "perplexity", "entropy", "repetition")
     effects = [key for key in found["auc"] if key in found["cells"][0]]
-    several = len({cell["budget"] for cell in found["cells"]}) > 1
+    several = len({cell["budget"] for cell in found["cells"] if cell["budget"]}) > 1
     rows = [
         (
-            *((f"{cell['budget']:g}",) if several else ()),
-            cell["method"] + (", undosed" if cell["method"] == "prompting" and cell["amount"] == 1.0 else ""),
+            *(("whole" if cell["budget"] is None else f"{cell['budget']:g}",) if several else ()),
+            cell["method"] + (", undosed" if cell["budget"] is None else ""),
             "by layer"
             if isinstance(cell["amount"], (dict, list))
             else ""
             if cell["amount"] is None
-            else f"{cell['amount']:.4g}",
+            else f"{cell['amount']:.6g}",
             *(signed(cell[effect], 3) for effect in effects),
             plain(cell["kl"], 3),
             *(f"{cell[measure][0]:.{digits}f}" for measure, digits in zip(measures[1:], (2, 1, 2, 3), strict=True)),
