@@ -599,6 +599,15 @@ def differs(run):
 # The experiments.
 
 
+CONTROLS = {
+    "where": "shuffled labels", "similarity": "95 % of random pairs", "persistence": "a random direction",
+    "lens": "random directions, same rank", "next token": "a random direction, same rank", "patch": "a random direction",
+    "inside": "a random change of its norm", "ablate by module": "a random change of its norm",
+    "ablate by layer": "a random change of its norm", "alignment": "95 % of random changes",
+}  # fmt: skip
+"""What the control of an experiment is where a figure does not say so itself."""
+
+
 def looked(run):
     """Return what each experiment found, with its control."""
 
@@ -613,7 +622,7 @@ def looked(run):
             quote["what"],
             shown(quote["figure"]),
             shown(quote["control"]),
-            quote.get("control_is", ""),
+            quote.get("control_is", CONTROLS.get(name, "")),
         )
         for name, found in run["experiments"].items()
         for place, quote in enumerate(found["quotes"])
