@@ -376,9 +376,8 @@ class Controller:
         self._check_samples(moment.samples)
         if moment.generation is None and not self._idle:
             each = next((each for each in self.interventions if each.schedule is not None), None)
-            if (
-                each is not None and int(moment.start) > 0
-            ):  # a static cache counts in a tensor: asked only where it matters
+            # A static cache counts in a tensor, so that asking waits for the device.
+            if each is not None and int(moment.start) > 0:
                 raise ConditionError(
                     f"A schedule counts the tokens that generate writes. Found a pass outside generate that continues a cache, for "
                     f"{each.name!r} with {each.schedule}. Use generate, or set amounts step by step with using()."
