@@ -14,7 +14,7 @@ import pytest
 import torch
 import typer
 from datasets import Dataset
-from tiny import LLAMA_LIKE, VOCABULARY, seeded
+from tiny import LLAMA_LIKE, VOCABULARY, seeded, tokenizer_of
 
 from steerkit import Concept, PolicyConfig, PreferenceVector, demo, train_policy
 from steerkit.cli import app
@@ -58,18 +58,11 @@ def letters_model() -> Any:
 
 def letters_tokenizer() -> Any:
     """A token for each printable letter, so that what snippets say in plain English differs."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import Regex, decoders, pre_tokenizers
 
-    tokens = ["<pad>", "<s>", "</s>", "<unk>", *map(chr, range(32, 127))]
-    assert len(tokens) == VOCABULARY
-    raw = Tokenizer(models.WordLevel({token: index for index, token in enumerate(tokens)}, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    raw.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw, padding_side="left", pad_token="<pad>", bos_token="<s>", eos_token="</s>",
-        unk_token="<unk>", model_input_names=["input_ids", "attention_mask"],
-    )  # fmt: skip
+    tokenizer = tokenizer_of(map(chr, range(32, 127)), pre_tokenizers.Split(Regex("."), "isolated"))
+    tokenizer.backend_tokenizer.decoder = decoders.Fuse()
+    assert len(tokenizer) == VOCABULARY
     tokenizer.chat_template = (
         "{% for m in messages %}<s>{{ m['role'][0] }}{{ m['content'] }}</s>{% endfor %}"
         "{% if add_generation_prompt %}<s>a{% endif %}"

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import LLAMA_LIKE, random_vector, seeded
+from tiny import LLAMA_LIKE, random_vector, seeded, tokenizer_of
 
 from steerkit import demo
 from steerkit.concepts.texts import default_requests
@@ -70,16 +70,9 @@ def words() -> list[str]:
 @pytest.fixture(scope="module")
 def words_tokenizer() -> Any:
     """A token a word, so that texts are short and answers have words."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import pre_tokenizers
 
-    vocabulary = {word: place for place, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *words()])}
-    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw, padding_side="left", pad_token="<pad>", bos_token="<s>", eos_token="</s>",
-        unk_token="<unk>", model_input_names=["input_ids", "attention_mask"],
-    )  # fmt: skip
+    tokenizer = tokenizer_of(words(), pre_tokenizers.Whitespace())
     tokenizer.chat_template = (
         "{% for m in messages %}<s>{{ m['role'] }} {{ m['content'] }}</s>{% endfor %}"
         "{% if add_generation_prompt %}<s>assistant{% endif %}"

@@ -201,18 +201,29 @@ def tiny_model(name: str) -> Any:
 MODELS: dict[str, Callable[[], Any]] = {name: functools.partial(tiny_model, name) for name in _BUILDERS}
 
 
-def tiny_tokenizer(*, pad: bool = False, padding_side: str = "right", chat: bool = False) -> Any:
-    """Return a word-level tokenizer over w0 .. w95 with the ids that the models use; no pad token unless asked."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
+
+
+def tokenizer_of(words: Iterable[str], split: Any, *, pad: bool = True, padding_side: str = "left") -> Any:
+    """Return a tokenizer with a token for each of `words`, after the special ones; `split` finds them in a text."""
+    from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{index}" for index in range(VOCABULARY - 4))]
-    raw = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    given: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    if pad:
-        given["pad_token"] = "<pad>"
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, padding_side=padding_side, **given)
+    places = {word: place for place, word in enumerate([*SPECIAL, *words])}
+    raw = Tokenizer(models.WordLevel(places, unk_token="<unk>"))
+    raw.pre_tokenizer = split
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, padding_side=padding_side, pad_token="<pad>" if pad else None, bos_token="<s>",
+        eos_token="</s>", unk_token="<unk>", model_input_names=["input_ids", "attention_mask"],
+    )  # fmt: skip
+
+
+def tiny_tokenizer(*, pad: bool = False, padding_side: str = "right", chat: bool = False) -> Any:
+    """Return a word-level tokenizer over w0 .. w94 with the ids that the models use; no pad token unless asked."""
+    from tokenizers import pre_tokenizers
+
+    words = (f"w{index}" for index in range(VOCABULARY - len(SPECIAL)))
+    tokenizer = tokenizer_of(words, pre_tokenizers.WhitespaceSplit(), pad=pad, padding_side=padding_side)
     if chat:
         tokenizer.chat_template = (
             "{% for m in messages %}"
