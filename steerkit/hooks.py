@@ -401,7 +401,7 @@ def rows_are_samples(model: Any, rows: Sequence[int], samples: int) -> Iterator[
 
 
 @contextmanager
-def continuing(model: Any, prompts: Tensor) -> Iterator[None]:
+def continuing(model: Any, prompts: Tensor, read: Prompts | None = None) -> Iterator[None]:
     """Within, a forward pass replays what `generate` wrote after these prompts: their columns come first, `"prompt pos"`.
 
     A replay is one pass without a cache over prompt and continuation; each position is edited as it was in generation. Its
@@ -411,7 +411,10 @@ def continuing(model: Any, prompts: Tensor) -> Iterator[None]:
     if clock is None:
         yield
         return
-    clock.generations.append(Generation(prompts.shape[0], prompts.shape[1], prompts))
+    generation = Generation(prompts.shape[0], prompts.shape[1], prompts)
+    if read is not None and clock.conditional:
+        clock.decide(read, generation)
+    clock.generations.append(generation)
     try:
         yield
     finally:

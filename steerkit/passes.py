@@ -18,7 +18,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from steerkit.activations import refuse_long, tokenise
 from steerkit.errors import TextsError
-from steerkit.hooks import continuing, steered
+from steerkit.hooks import Prompts, continuing, steered
 from steerkit.model import Decoder
 from steerkit.types import Text
 
@@ -48,6 +48,8 @@ class Continued:
     """Columns of the prompts."""
     each: int = 1
     """Rows of one prompt, one after the other."""
+    whole: bool = False
+    """Whether conditions read all of a row: it is one text, of which nothing was asked."""
 
     @classmethod
     def of(cls, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]], device: Any) -> "Continued":
@@ -106,6 +108,16 @@ class Writer:
     def read(self, rows: Continued, part: Sequence[int], layer: int | None = None) -> tuple[Tensor, Tensor | None]:
         """Return the logits that each new token was drawn from, and the states after a layer if there is one stream of them."""
         return read(self.decoder, rows, layer)
+
+    def texts(self, part: Sequence[int], rows: Continued) -> list[str]:
+        """Return what each row adds to its prompt's text: decoded alone, it may lose the space that it begins with."""
+        added = []
+        for row, (new, real) in enumerate(zip(rows.new, rows.real, strict=True)):
+            last = self.tokens[part[row // rows.each]][-1:]
+            both = (last, [*last, *new[real].tolist()])
+            before, whole = (self.tokenizer.decode(ids, skip_special_tokens=True) for ids in both)
+            added.append(whole[len(before) :])
+        return added
 
     @property
     def _device(self) -> torch.device:
@@ -208,9 +220,8 @@ class BestOf(Writer):
 
     def write(self, part: Sequence[int], sampling: Sampling) -> Continued:
         rows = super().write(part, replace(sampling, samples=self.count * sampling.samples))
-        texts = [self.tokenizer.decode(new[real], skip_special_tokens=True) for new, real in zip(rows.new, rows.real)]
-        prompts = [self.prompts[i] for i in part for _ in range(self.count * sampling.samples)]
-        scores = torch.tensor([float(score) for score in self.chooser(prompts, texts)])
+        prompts = [self.prompts[i] for i in part for _ in range(rows.each)]
+        scores = torch.tensor([float(score) for score in self.chooser(prompts, self.texts(part, rows))])
         best = scores.view(-1, self.count).argmax(dim=1) + torch.arange(0, len(scores), self.count)
         return Continued(rows.ids[best], rows.mask[best], rows.width, sampling.samples)
 
@@ -304,10 +315,12 @@ def read(decoder: Decoder, rows: Continued, layer: int | None = None) -> tuple[T
             lambda module, args, output: kept.append(output if isinstance(output, Tensor) else output[0])
         )
     try:
-        with continuing(model, rows.mask[:: rows.each, : rows.width]):
+        text = Prompts(rows.ids, rows.mask.bool()) if rows.whole else None
+        with continuing(model, rows.mask[:: rows.each, : rows.width], text):
             logits = model(input_ids=rows.ids, attention_mask=rows.mask, use_cache=False, **given).logits
     finally:
         if handle is not None:
             handle.remove()
-    states = kept[0][:, rows.width - 1 : -1].float() if kept else None
+    # A condition has read the prompts in a pass of its own before this one.
+    states = kept[-1][:, rows.width - 1 : -1].float() if kept else None
     return logits[:, -length - 1 : -1], states

@@ -116,7 +116,8 @@ def compare(
     positive: Annotated[Path, typer.Option(help="Texts that show the concept.")],
     negative: Annotated[Path, typer.Option(help="Texts that do not.")],
     instructions: Annotated[
-        Path, typer.Option(help="Instructions that ask for it, one a line; five is a fair number.")
+        Path,
+        typer.Option(help="Instructions that ask for it, one a line; four, with the few-shot one made here, are five."),
     ],
     output: Annotated[
         Path,

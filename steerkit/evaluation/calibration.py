@@ -3,6 +3,7 @@
 The search draws the same random numbers at every amount, so neighbouring amounts differ by what they do and little else.
 """
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -214,7 +215,7 @@ def dial(
     intervention.check(find_decoder(model))
     by_layer = bool((own.values != own.values[0, 0]).any())
     if between is not None:
-        between = _checked_range(between, isinstance(intervention, Constraint))
+        between = _checked_range(between, intervention.sense if isinstance(intervention, Constraint) else None)
     if isinstance(intervention, Constraint):
         if by_layer:
             raise AmountError(
@@ -250,13 +251,17 @@ def dial(
     return amount
 
 
-def _checked_range(between: Any, bound: bool) -> tuple[float, float]:
+def _checked_range(between: Any, sense: int | None) -> tuple[float, float]:
     fine = isinstance(between, tuple | list) and len(between) == 2
     fine = fine and all(isinstance(end, Real) and not isinstance(end, bool) and math.isfinite(end) for end in between)
-    fine = fine and between[0] != between[1] and between[0] * between[1] >= 0
-    if not fine or (bound and not all(0 < end < 1 for end in between)):
-        what = "probabilities inside (0, 1)" if bound else "numbers of one sign"
-        raise AmountError(f"`between` must be two different {what}, the least first. Found {between!r}.")
+    fine = fine and between[0] * between[1] >= 0
+    if fine and sense is not None:
+        fine = all(0 < end < 1 for end in between) and sense * (between[1] - between[0]) > 0
+    elif fine:
+        fine = abs(between[0]) < abs(between[1])
+    if not fine:
+        what = "numbers of one sign" if sense is None else "probabilities inside (0, 1)"
+        raise AmountError(f"`between` must be two different {what}, the one that does less first. Found {between!r}.")
     return float(between[0]), float(between[1])
 
 
@@ -282,7 +287,7 @@ class Search:
             return math.sqrt(max(dose.kl.value, 0.0)) - math.sqrt(budget)
 
         def less(first: Dose, second: Dose) -> bool:
-            return second.measures["kl"].against(first.measures["kl"]).high < 0
+            return _fell(second.measures["kl"].against(first.measures["kl"]))
 
         enough = self._solve(excess, -math.sqrt(budget), lambda dose: 1 - 2 * _NEAR <= dose.kl.value / budget <= 1)
         fitting = [place for place, dose in self.tried.items() if dose.kl.value <= budget]
@@ -321,15 +326,15 @@ class Search:
             return way * (dose.score.value - target)
 
         def less(first: Dose, second: Dose) -> bool:
-            change = second.measures["score"].against(first.measures["score"])
-            return change.high < 0 if way > 0 else change.low > 0
+            return _fell(second.measures["score"].against(first.measures["score"]), way)
 
-        if not self._solve(excess, -reach, lambda dose: 0 <= excess(dose) <= _NEAR * reach):
+        if not self._solve(excess, -reach, lambda dose: 0 <= excess(dose) <= _NEAR * reach, less):
             best = max(self.tried.values(), key=excess)
             assert best.score is not None
+            fell = " More did less on the way: see the curve." if self._falls(less) else ""
             raise CalibrationError(
                 f"A score of {target:g} is required. Found that {self._name!r} reaches {best.score} at {_shown(best.amount)}, "
-                f"from {plain.estimate} unsteered, at a KL of {best.kl.value:.3g} nats a token. Ask for less, or for more "
+                f"from {plain.estimate} unsteered, at a KL of {best.kl.value:.3g} nats a token.{fell} Ask for less, or for more "
                 "amounts with between=(least, most).",
                 reached=best.score.value,
                 curve=self._curve(),
@@ -337,7 +342,13 @@ class Search:
         reaching = [place for place, dose in self.tried.items() if excess(dose) >= 0]
         return self._found(self.tried[min(reaching)], f"a score of {target:g}", less)
 
-    def _solve(self, excess: Callable[[Dose], float], nothing: float, done: Callable[[Dose], bool]) -> bool:
+    def _solve(
+        self,
+        excess: Callable[[Dose], float],
+        nothing: float,
+        done: Callable[[Dose], bool],
+        less: Callable[[Dose, Dose], bool] | None = None,
+    ) -> bool:
         """Try amounts until one is done with, or trials are; return whether any is enough. `nothing` is the excess of none."""
         for trial in range(self._trials):
             found = {place: excess(dose) for place, dose in sorted(self.tried.items())}
@@ -346,6 +357,7 @@ class Search:
                 return True
             if not enough:
                 further = [place for place in _LADDER if place > max(found, default=0.0)]
+                further = further or self._beside_the_best(found, less)
                 if not further:
                     return False
                 self._try(further[0])
@@ -356,6 +368,15 @@ class Search:
             # Interpolation may creep along from one side.
             self._try(low + (high - low) * (0.5 if trial % 4 == 3 else share))
         return any(excess(dose) >= 0 for dose in self.tried.values())
+
+    def _beside_the_best(self, found: Mapping[float, float], less: Callable[[Dose, Dose], bool] | None) -> list[float]:
+        """Return a place in the wider gap beside the best one, if the most does less than it: the peak may lie between."""
+        best, most = max(found, key=lambda place: found[place]), max(found)
+        if less is None or best == most or not less(self.tried[best], self.tried[most]):
+            return []
+        left = max((place for place in found if place < best), default=0.0)
+        right = min(place for place in found if place > best)
+        return [(left + best) / 2 if best - left >= right - best else (best + right) / 2]
 
     def _try(self, place: float) -> None:
         amount = self._amount(place)
@@ -369,10 +390,7 @@ class Search:
         return tuple(dose for _, dose in sorted(self.tried.items()))
 
     def _found(self, chosen: Dose, goal: str, less: Callable[[Dose, Dose], bool]) -> Calibration:
-        curve = self._curve()
-        falls = [
-            (first, second) for index, second in enumerate(curve) for first in curve[:index] if less(first, second)
-        ]
+        falls = self._falls(less)
         if falls:
             first, second = falls[0]
             warnings.warn(
@@ -381,7 +399,16 @@ class Search:
                 SteerkitWarning,
                 stacklevel=4,
             )
-        return Calibration(chosen, curve, not falls, goal)
+        return Calibration(chosen, self._curve(), not falls, goal)
+
+    def _falls(self, less: Callable[[Dose, Dose], bool]) -> list[tuple[Dose, Dose]]:
+        """Return pairs of which more did less."""
+        return [(first, second) for first, second in itertools.combinations(self._curve(), 2) if less(first, second)]
+
+
+def _fell(change: Estimate, way: float = 1.0) -> bool:
+    """Tell whether a measure moved against `way` beyond its interval; of one prompt, which has none, at all."""
+    return (change.high if way > 0 else -change.low) < 0 if math.isfinite(change.high) else way * change.value < 0
 
 
 def _shown(amount: Any) -> str:

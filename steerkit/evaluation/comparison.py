@@ -57,7 +57,7 @@ class Comparison:
         return self._by_cell(lambda arm: self.report[arm]["kl"])
 
     def contrast(self, first: str, second: str, budget: float | None, measure: str | None = None) -> Estimate:
-        """Return how much further one method goes than another at a budget, paired by prompt.
+        """Return by how much one method's scores exceed another's at a budget, paired by prompt; towards "negative" less is further.
 
         Raises:
             AmountError: a method that has no arm at this budget.
@@ -84,7 +84,7 @@ class Comparison:
         return markdown(head, rows)
 
     def _lines(self) -> list[list[str]]:
-        budgets = list(dict.fromkeys(cell.budget for cell in self.cells if cell.budget is not None))
+        budgets = sorted({cell.budget for cell in self.cells if cell.budget is not None})
         effects, spent = self.effects(), self.spent()
         head = [f"{self.goal}, against unsteered", *(f"{b:g} nats a token" for b in budgets), "whole"]
         rows = [
@@ -276,7 +276,14 @@ def compare(
         def comparison() -> Comparison:
             return Comparison(Report(contest.arms), tuple(contest.cells), contest.goal, tuple(contest.notes))
 
-        contest.after = None if keep is None else lambda: keep(comparison())
+        def unfinished() -> Comparison:
+            """Arms of an earlier run that this one has not come to stay in the file."""
+            done = {(cell.method, cell.budget) for cell in contest.cells}
+            cells = [*contest.cells, *(cell for key, cell in contest.known.items() if key not in done)]
+            arms = {**contest.arms_known, **contest.arms}
+            return replace(comparison(), report=Report(arms), cells=tuple(cells))
+
+        contest.after = None if keep is None else lambda: keep(unfinished())
         contest.run(concept, shuffled, positive if up else negative, asked, vectors)
         return comparison()
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib import resources
 from typing import Any
 
@@ -22,8 +23,8 @@ def replayed(writer: Writer, rows: Continued, part: Sequence[int]) -> list[Row]:
     """Compare who wrote with the unsteered model on the same tokens, row by row.
 
     `kl`: mean over the tokens of KL(steered || unsteered), full vocabulary, temperature 1, in nats. `perplexity`: mean of
-    -log of the probability that the unsteered model gives each token. `entropy`: of the distributions that the tokens were drawn
-    from; little is a text that has to be. `displacement`: `|h' - h| / |h|` after the last block that is edited: of one addition
+    -log of the probability that the unsteered model gives each token. `entropy`: of the steered model's distributions at temperature
+    1; little is a text that has to be. `displacement`: `|h' - h| / |h|` after the last block that is edited: of one addition
     the magnitude as a share of the residual norm.
     """
     decoder = writer.decoder
@@ -105,6 +106,7 @@ class Neutral:
         for start in range(0, len(tokens), batch_size):
             part = tokens[start : start + batch_size]
             rows = Continued.of([ids[:1] for ids in part], [ids[1:] for ids in part], device_of(self._writer.decoder))
+            rows = replace(rows, whole=True)
             values += [row["kl"] for row in replayed(self._writer, rows, range(start, start + len(part)))]
         weights = tuple(float(len(ids) - 1) for ids in tokens)
         return Measure(tuple(values), tuple(range(len(values))), weights, "damage", source=digest(self._writer.prompts))

@@ -1,7 +1,7 @@
 """`evaluate`: what a model writes, scored, with what it costs beside it."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -50,8 +50,8 @@ def evaluate(
 
     The budget is `kl`: the mean over generated tokens of KL(steered || unsteered), full vocabulary, temperature 1, on the
     steered model's own samples, replayed with the same edits; 1 nat a token is 24 nats in 24 tokens. `kl_p90` is its 90th
-    percentile over rows. Beside it: `perplexity` of the text under the unsteered model and the `entropy` that it was drawn with,
-    `repetition` (share of runs of 4 tokens that were there before; it lowers perplexity), `distinct_2`, `length` in
+    percentile over rows. Beside it: `perplexity` of the text under the unsteered model and the `entropy` of the steered one's
+    distributions (at temperature 1 its log is expected to be entropy + KL: at equal KL it tells narrow text, not good text), `repetition` (share of runs of 4 tokens that were there before; it lowers perplexity), `distinct_2`, `length` in
     tokens, `displacement` (the dose: relative change of the residual stream after the last block that is edited), `collateral` (KL on neutral texts)
     and `task` (accuracy on easy questions).
 
@@ -148,18 +148,20 @@ def checked_sampling(max_new_tokens: int, samples: int, temperature: float, seed
     """Return the settings once they are known to be some.
 
     Raises:
-        AmountError: a number of tokens, samples or rows below 1, or a negative temperature.
+        AmountError: a number of tokens, samples or rows below 1, a negative temperature, a seed that is no whole number.
     """
     for word, number in (("max_new_tokens", max_new_tokens), ("samples", samples), ("batch_size", batch_size)):
         if not isinstance(number, int) or number < 1:
             raise AmountError(f"`{word}` must be a whole number of at least 1. Found {number!r}.")
-    if not (math.isfinite(temperature) and temperature >= 0):
+    if not isinstance(seed, int):
+        raise AmountError(f"`seed` must be a whole number. Found {seed!r}.")
+    if not (isinstance(temperature, int | float) and math.isfinite(temperature) and temperature >= 0):
         raise AmountError(
             f"`temperature` must be at least 0. Found {temperature!r}. Use 1 for the model's distribution."
         )
     if temperature == 0 and samples > 1:
         raise AmountError(f"Greedy text has one sample a prompt. Found samples={samples}. Use temperature=1.")
-    return Sampling(max_new_tokens, samples, float(temperature), int(seed), batch_size)
+    return Sampling(max_new_tokens, samples, float(temperature), seed, batch_size)
 
 
 def _refuse_other_counts(counts: frozenset[int], prompts: int, more: bool) -> None:
@@ -201,10 +203,7 @@ def measured(
                 if panel:
                     replay = damage.replayed(writer, written, part)
                     rows += [{**a, **b} for a, b in zip(replay, damage.variety(written), strict=True)]
-            completions += [
-                writer.tokenizer.decode(new[real], skip_special_tokens=True)
-                for new, real in zip(written.new, written.real, strict=True)
-            ]
+            completions += writer.texts(part, written)
             bar.update(len(part))
     clusters = tuple(index for index in range(len(prompts)) for _ in range(sampling.samples))
     source = digest(prompts)
@@ -245,6 +244,8 @@ def _called(
 ) -> tuple[float, ...]:
     try:
         scores = scorer(list(prompts), list(completions))
+        if isinstance(scores, Mapping | Set):
+            raise TypeError(f"a {type(scores).__name__}, which has no order")
         scores = list(scores.tolist() if hasattr(scores, "tolist") else scores)
     except Exception as error:
         raise ScorerError(

@@ -132,11 +132,18 @@ def probe(concept: Concept, model: Any, tokenizer: Any, *, layer: int | None = N
 
 
 def _continued(prompt: Text, completion: str) -> Text:
-    """Return prompt and completion as one text, or as one conversation."""
+    """Return prompt and completion as one text, or as one conversation, in which a begun answer goes on."""
     if isinstance(prompt, str):
         return prompt + completion
+    *before, last = prompt
+    if last["role"] == "assistant":
+        return [*before, {**last, "content": last["content"] + completion}]
     return [*prompt, {"role": "assistant", "content": completion}]
 
 
 def _whole(prompt: Text, completion: str) -> str:
-    return prompt + completion if isinstance(prompt, str) else f"{prompt[-1]['content']}\n{completion}"
+    together = _continued(prompt, completion)
+    if isinstance(together, str):
+        return together
+    turns = together[len(prompt) - 1 :]
+    return "\n".join(turn["content"] for turn in turns)

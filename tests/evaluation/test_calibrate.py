@@ -15,6 +15,8 @@ from steerkit import Controller, Report, evaluate
 from steerkit.conditions import Reading
 from steerkit.errors import AmountError, CalibrationError, ScorerError, SteerkitError, SteerkitWarning, TextsError
 from steerkit.evaluation import Calibration, calibrate
+from steerkit.evaluation.calibration import Search
+from steerkit.evaluation.report import Measure
 from steerkit.intervention import Addition
 from steerkit.model import find_decoder
 
@@ -202,6 +204,48 @@ class _Humped:
         return [next(self.scores)] * len(completions)
 
 
+def planted(prompts: int, **curves: Any) -> Search:
+    """A search whose measures are functions of the place, with a little noise over prompts."""
+
+    def measure(place: float) -> dict[str, Measure]:
+        return {name: spread(curve(place), prompts) for name, curve in curves.items()}
+
+    search = Search("planted", lambda place: place, 10)
+    search.measure = measure
+    return search
+
+
+def spread(value: float, prompts: int) -> Measure:
+    return Measure(tuple(value + 0.001 * i for i in range(prompts)), tuple(range(prompts)))
+
+
+@pytest.mark.parametrize(("top", "width"), [(0.1, 0.06), (0.15, 0.08), (0.37, 0.08)])
+def test_a_peak_between_the_first_amounts_is_found(top: float, width: float) -> None:
+    search = planted(
+        6, kl=lambda a: a * a, kl_p90=lambda a: a * a, score=lambda a: math.exp(-(((a - top) / width) ** 2))
+    )
+    with pytest.warns(SteerkitWarning, match="does less"):
+        found = search.towards(0.8, spread(0.0, 6))
+    assert found.chosen.score is not None
+    assert found.chosen.score.value >= 0.8
+    assert abs(found.amount - top) < width
+
+
+def test_a_target_above_the_peak_says_that_more_did_less() -> None:
+    search = planted(6, kl=lambda a: a * a, kl_p90=lambda a: a * a, score=lambda a: a * (1 - a))
+    with pytest.raises(CalibrationError, match="More did less on the way"):
+        search.towards(0.8, spread(0.0, 6))
+    assert 0.2 < max(dose.score.value for dose in search.tried.values() if dose.score) < 0.26
+
+
+@pytest.mark.parametrize("prompts", [1, 6])
+def test_a_kl_that_falls_is_told_however_few_prompts(prompts: int) -> None:
+    search = planted(prompts, kl=lambda a: 0.09 if a < 0.3 else 0.05, kl_p90=lambda a: 0.1)
+    with pytest.warns(SteerkitWarning, match="does less"), pytest.warns(SteerkitWarning, match="More may do more"):
+        found = search.within(0.2)
+    assert not found.monotone
+
+
 def test_a_score_of_noise_alone_is_no_fall(model: Any, tokenizer: Any, recwarn: Any) -> None:
     found = calibrate(model, tokenizer, PROMPTS, push(model), scorer=share, target=0.5, between=(0.0, 60.0), **FEW)
     assert found.monotone
@@ -345,6 +389,8 @@ EARLY: dict[str, tuple[type[SteerkitError], dict[str, Any]]] = {
     "equal ends": (AmountError, {"between": (2.0, 2.0)}),
     "NaN end": (AmountError, {"between": (0.0, math.nan)}),
     "infinite end": (AmountError, {"between": (0.0, math.inf)}),
+    "the most first": (AmountError, {"between": (2.0, 1.0)}),
+    "the stricter bound first": (AmountError, {"intervention": random_constraint(at_most=0.5), "between": (0.1, 0.9)}),
     "one end": (AmountError, {"between": (1.0,)}),
     "three ends": (AmountError, {"between": (1.0, 2.0, 3.0)}),
     "no probability": (AmountError, {"intervention": random_constraint(at_least=0.5), "between": (0.1, 1.5)}),
@@ -353,6 +399,7 @@ EARLY: dict[str, tuple[type[SteerkitError], dict[str, Any]]] = {
     "half a trial": (AmountError, {"trials": 4.5}),
     "no tokens": (AmountError, {"max_new_tokens": 0}),
     "no samples": (AmountError, {"samples": 0}),
+    "a word for a seed": (AmountError, {"seed": "x"}),
     "no prompts": (TextsError, {"prompts": []}),
     "a string": (TextsError, {"prompts": "w1 w2"}),
     "a number": (TextsError, {"prompts": [3]}),

@@ -26,7 +26,7 @@ from tiny import (
 )
 from torch import Tensor, nn
 
-from steerkit import Controller, Report, evaluate
+from steerkit import Concept, Controller, Report, evaluate
 from steerkit.errors import AmountError, SamplesError, ScorerError, TextsError
 from steerkit.evaluation.scorers import refusal
 from steerkit.model import find_decoder
@@ -106,6 +106,13 @@ def agrees(report: Report, arm: str, written: Written, plain: Any, tolerance: fl
     mean = sum(nll * n for nll, n in zip(wanted["perplexity"], lengths, strict=True)) / sum(lengths)
     assert report[arm]["perplexity"].value == pytest.approx(math.exp(mean), rel=2e-3)
     assert report[arm]["kl_p90"].value == pytest.approx(np.quantile(wanted["kl"], 0.9), abs=tolerance, rel=2e-3)
+
+
+def goes_on(report: Report, arm: str, written: Written, tokenizer: Any) -> None:
+    """Prompt and completion are the text of the tokens that were written."""
+    for row, text in enumerate(report[arm].completions):
+        shown = [token for token in written.new[row] if token not in tokenizer.all_special_ids]
+        assert tokenizer(report[arm].prompts[row] + text)["input_ids"] == written.prompts[row] + shown
 
 
 @contextmanager
@@ -201,11 +208,75 @@ def test_kl_is_that_of_the_steered_generation(kind: str, positions: str, model: 
     with Controller(model, edits(model, kind, positions)):
         report = evaluate(model, tokenizer, PROMPTS, **BARE)
     assert written.prompts == [tokenizer(text)["input_ids"] for text in PROMPTS]
-    assert report["steered"].completions == tuple(
-        tokenizer.decode(new, skip_special_tokens=True) for new in written.new
-    )
+    goes_on(report, "steered", written, tokenizer)
     assert report["steered"]["kl"].value > 0.01
     agrees(report, "steered", written, plain)
+
+
+@pytest.fixture(scope="module")
+def warm() -> Concept:
+    """A concept that the first half of WARM shows."""
+    sides = [[f"w{i} w{i + 1} w{word}" for i in range(20)] for word in (60, 61)]
+    return Concept.fit("warm", tiny_model("llama"), tiny_tokenizer(), positive=sides[0], negative=sides[1])
+
+
+WARM = ["w30 w31 w60", "w7 w8 w9 w60", "w33 w34 w61", "w2 w3 w4 w61"]
+
+
+@pytest.mark.parametrize("kind", ["addition", "constraint", "vector", "scaled"])
+def test_a_condition_s_rows_are_those_of_the_edit_and_the_others_free(
+    kind: str, warm: Concept, model: Any, tokenizer: Any
+) -> None:
+    layer = warm.best_layer
+    gate = warm.reads(at_least=0.5, layer=layer)
+    edit: Any = {
+        "addition": lambda: warm.add(6.0, layers=[layer]),
+        "constraint": lambda: warm.constrain(at_most=0.01, layers=[layer]),
+        "vector": lambda: random_vector(model).add(0.5),
+        "scaled": lambda: warm.add(warm.reads(layer=layer).scaled(0.0, 6.0), layers=[layer]),
+    }[kind]()
+    plain = copy.deepcopy(model)
+    written = Written(model)
+    with Controller(model, [edit if kind == "scaled" else edit.when(gate)]):
+        found = evaluate(model, tokenizer, WARM, **BARE)["steered"]
+    agrees(Report({"steered": found}), "steered", written, plain)
+    kl, moved = (found.measures[key].values for key in ("kl", "displacement"))
+    assert min(kl[:2]) > 0.001
+    assert min(moved[:2]) > 0.001
+    if kind != "scaled":
+        assert kl[2:] == moved[2:] == (0.0, 0.0)
+
+
+def test_a_condition_reads_the_whole_of_a_neutral_text(warm: Concept, model: Any, tokenizer: Any) -> None:
+    layer = warm.best_layer
+    edit = warm.add(6.0, layers=[layer])
+
+    def collateral(intervention: Any) -> tuple[float, ...]:
+        with Controller(model, [intervention]):
+            found = evaluate(model, tokenizer, WARM, neutral=WARM, task=(), max_new_tokens=1)
+        return found["steered"].measures["collateral"].values
+
+    always = collateral(edit)
+    assert min(always) > 0.001
+    assert collateral(edit.when(warm.reads(at_least=0.5, layer=layer))) == pytest.approx((*always[:2], 0.0, 0.0))
+
+
+def test_a_completion_keeps_the_space_that_it_begins_with(model: Any) -> None:
+    """Decoders of Llama 2 and Mistral strip it from what they take for the start of a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"\u2581w{i}" for i in range(VOCABULARY - 4))]
+    raw = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    raw.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
+    )
+    written = Written(model)
+    report = evaluate(model, tokenizer, PROMPTS, **BARE)
+    assert all(report["unsteered"].completions)
+    goes_on(report, "unsteered", written, tokenizer)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "bloom", "mistral", "gemma3", "mixtral"])
@@ -289,9 +360,7 @@ def test_rows_end_at_their_first_end_token(ends: Any, pad: int, model: Any, toke
     assert lengths == tuple(float(len(new)) for new in written.new)
     if ends != 7:
         assert min(lengths) < max(lengths)
-    assert report["steered"].completions == tuple(
-        tokenizer.decode(new, skip_special_tokens=True) for new in written.new
-    )
+    goes_on(report, "steered", written, tokenizer)
     agrees(report, "steered", written, plain)
 
 
@@ -378,7 +447,7 @@ def test_a_text_of_one_token_repeats_itself(model: Any, tokenizer: Any) -> None:
     with Controller(model, [push]):
         report = evaluate(model, tokenizer, PROMPTS, neutral=(), task=(), max_new_tokens=12, temperature=0)
     arm = report["steered"]
-    assert set(arm.completions) == {" ".join(["w16"] * 12)}
+    assert set(arm.completions) == {" w16" * 12}
     assert arm["repetition"].value == pytest.approx(8 / 9)  # 9 runs of four, one of them new
     assert arm["distinct_2"].value == pytest.approx(1 / 11)
     assert arm["kl"].value > 1
@@ -566,7 +635,7 @@ def test_the_text_is_drawn_from_the_model_s_distribution(model: Any, tokenizer: 
     with torch.no_grad():
         wanted = model(torch.tensor([tokenizer("w1 w2 w3")["input_ids"]])).logits[0, -1].softmax(-1)
     token = int(wanted.argmax())
-    share = sum(text == tokenizer.decode([token]) for text in report["unsteered"].completions) / count
+    share = sum(text.strip() == tokenizer.decode([token]) for text in report["unsteered"].completions) / count
     assert share == pytest.approx(float(wanted[token]), abs=4 * math.sqrt(0.25 / count))
 
 

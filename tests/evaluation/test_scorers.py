@@ -48,6 +48,9 @@ def test_a_classifier_gives_the_probability_of_its_label() -> None:
     found = scorers.classifier(fitted, "fine")(["", ""], ["sun", "rain"])
     assert found == pytest.approx(fitted.predict_proba(["sun", "rain"])[:, 1])
     whole = scorers.classifier(fitted, "fine", whole=True)
+    asked = {"role": "user", "content": "rain"}
+    begun = [asked, {"role": "assistant", "content": "rai"}]
+    assert whole([[asked], begun], ["sun", "n"]) == whole(["rain\n", ""], ["sun", "rain"])
     assert whole(["sun ", "rain "], ["day", "day"])[0] > 0.5 > whole(["sun ", "rain "], ["day", "day"])[1]
     with pytest.raises(ScorerError, match="label 'odd'"):
         scorers.classifier(fitted, "odd")
@@ -101,7 +104,12 @@ def test_a_probe_reads_conversations() -> None:
     chat = [{"role": "user", "content": "w5"}]
     states = record(model, tokenizer, [[*chat, {"role": "assistant", "content": "w60"}]], layers=concept.best_layer)
     wanted = concept[concept.best_layer].probability(states[concept.best_layer]).tolist()
-    assert scorers.probe(concept, model, tokenizer)([chat], ["w60"]) == pytest.approx(wanted, abs=1e-5)
+    read = scorers.probe(concept, model, tokenizer)
+    assert read([chat], ["w60"]) == pytest.approx(wanted, abs=1e-5)
+    begun = [*chat, {"role": "assistant", "content": "w7"}]
+    wanted = read([chat], ["w7 w60"])
+    assert read([begun], [" w60"]) == pytest.approx(wanted, abs=1e-5)
+    assert begun[-1]["content"] == "w7"
 
 
 @pytest.mark.parametrize(
