@@ -203,6 +203,11 @@ def test_what_is_named_exists(page: Path) -> None:
         assert (ROOT / file).exists(), f"{page_name(page)} names {file}"
 
 
+def test_every_benchmark_is_in_the_list_of_them() -> None:
+    listed = set(re.findall(r"`(\w+\.py)`", (ROOT / "benchmarks" / "README.md").read_text("utf-8")))
+    assert listed == {path.name for path in (ROOT / "benchmarks").glob("*.py")}
+
+
 def test_every_public_name_is_in_the_reference() -> None:
     import steerkit
 
