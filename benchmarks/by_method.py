@@ -1,6 +1,6 @@
 """Every method at three budgets on four concepts, with few prompts: a map to choose from, not a claim.
 
-    python benchmarks/by_method.py --json benchmarks/results/by_method.json --output kept        (about an hour of one core)
+    python benchmarks/by_method.py --json benchmarks/results/by_method.json --output kept        (about an hour and a half of one core)
 
 Sentiment, topic, formality after openings of 16 subjects, toxicity after toxic prompts and downwards; budgets of .03, .1 and .3
 nat a token. What is claimed is claimed by matched_budget.py, whose preference vectors this takes from `--output` where they are.
@@ -51,7 +51,8 @@ def main():
             folder=folder / f"{name}, by method",
         )  # fmt: skip
         print(made.table(), *(f"* {note}" for note in made.notes), "", sep="\n", flush=True)
-        found[name] = figures(made, data)
+        # Vectors that were there already may have been trained for longer.
+        found[name] = {**figures(made, data), "steps": vector.made["towards_figures"]["steps"]}
         save(given.json, {**facts, "concepts": found})
 
 

@@ -155,12 +155,12 @@ def part_two(run, concept, by_name):
         run.measure("mixed, unsteered", mixed, by_name, [])
 
 
-def halves(report, name, measure):
-    """Return an arm's difference from unsteered on the easy half (even prompts) and on the hard half."""
+def halves(report, name, measure, base="mixed, unsteered"):
+    """Return an arm's difference from another on the easy half (even prompts) and on the hard half."""
     found = []
     for half in (0, 1):
         sides = []
-        for arm in (name, "mixed, unsteered"):
+        for arm in (name, base):
             m = report[arm].measures[measure]
             rows = [i for i, cluster in enumerate(m.clusters) if cluster % 2 == half]
             weights = tuple(m.weights[i] for i in rows) if m.weights else ()
@@ -208,6 +208,17 @@ def main():
         found = {key: halves(report, arm, key) for key in ("TF-IDF", "VADER", "kl", "perplexity")}
         figures["mixed"][arm] = {key: {"easy": easy, "hard": hard} for key, (easy, hard) in found.items()}
         rows.append((arm, *(str(each) for key in found for each in found[key])))
+    for direction in ("probe", "pattern"):
+        own = f"mixed, {direction}, own means"
+        for other in ("permuted", "constant"):
+            found = {
+                key: halves(report, own, key, f"mixed, {direction}, {other}")
+                for key in ("TF-IDF", "VADER", "kl", "perplexity")
+            }
+            figures["mixed"][own][f"against {other}"] = {
+                key: {"easy": easy, "hard": hard} for key, (easy, hard) in found.items()
+            }
+            rows.append((f"{own}, against {other}", *(str(each) for key in found for each in found[key])))
     table(
         rows,
         ("arm", *(f"{key}, {half}" for key in ("TF-IDF", "VADER", "kl", "perplexity") for half in ("easy", "hard"))),

@@ -91,6 +91,7 @@ def main():
         "directions_sentiment": made.directions(along, "sentiment"),
         "directions_topic": made.directions(along, "topic"),
         "directions_mixed": made.mixed(along),
+        "directions_pairs": made.mixed_pairs(along),
         "directions_how": how(along),
         "topic_layers": ", ".join(map(str, along["notes"]["topic"]["layers"])),
         "topic_auc": ", ".join(f"{name} {auc:.2f}" for name, auc in along["notes"]["topic"]["auc"].items()),
@@ -150,6 +151,17 @@ def main():
         **{f"primary_{name}": made.budgeted(primary, name) for name in primary["concepts"]},
         "primary_how": how(primary),
     }
+    every = load("by_method")
+    values |= {
+        **{f"every_{name}": made.by_budget(every, name) for name in every["concepts"]},
+        **{f"every_{name}": every["settings"][name] for name in ("prompts", "samples", "tokens", "development")},
+        "every_steps": ", ".join(f"{found['steps']} ({name})" for name, found in every["concepts"].items()),
+        "every_auc": "; ".join(
+            f"{name}: " + ", ".join(f"{scorer} {auc:.2f}" for scorer, auc in found["auc"].items())
+            for name, found in every["concepts"].items()
+        ),
+        "every_how": how(every),
+    }
     gcav, vectors, policies = (load(f"paper_{name}") for name in ("gcav", "preference_vector", "gapo"))
     values |= {
         **{f"gcav_{name}": gcav["settings"][name] for name in ("prompts", "samples", "tokens", "budget")},
@@ -170,6 +182,8 @@ def main():
         "gapo_paper_steps": policies["settings"]["steps"],
         "gapo_paper": made.gapo_tables(policies),
         "gapo_fronts": made.fronts(policies),
+        "gapo_slow": made.moved(load("paper_gapo_slow")),
+        "gapo_slow_how": load("paper_gapo_slow")["command"],
         "gapo_differs": made.differs(policies),
         "gapo_paper_how": how(policies),
     }

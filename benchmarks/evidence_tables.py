@@ -366,6 +366,23 @@ def mixed(run):
     return table(("", *order, "KL, hard", "KL, easy", "perplexity, hard", "perplexity, easy"), rows)
 
 
+def mixed_pairs(run):
+    """Return what magnitudes of one's own did beyond those of others and beyond the constant, on either half."""
+    keys = ("TF-IDF", "VADER", "kl")
+    rows = [
+        (
+            f"{arm.removeprefix('mixed, ').removesuffix(', own means')}, {other}",
+            *(signed(found[other][key][half], 3) for half in ("hard", "easy") for key in keys),
+        )
+        for arm, found in run["mixed"].items()
+        for other in ("against permuted", "against constant")
+        if other in found
+    ]
+    return table(
+        ("own means", *(f"{key.replace('kl', 'KL')}, {half}" for half in ("hard", "easy") for key in keys)), rows
+    )
+
+
 def described(run):
     """Return how concepts read written texts, by what they were fitted on."""
     rows = [
@@ -406,21 +423,26 @@ def contrasts(run):
     return table(("concept", "contrast", "arms", "difference", "KL spent", "p", "Holm"), rows)
 
 
+def amount(given):
+    """Return an amount as it is shown: both kinds have two, and some have one a layer."""
+    if given is None:
+        return ""
+    if not isinstance(given, dict):
+        return f"{given:.6g}"
+    if not set(given) <= {"edit", "weights"}:
+        return "by layer"
+    return ", ".join(f"{part} {amount(each)}" for part, each in given.items())
+
+
 def budgeted(run, name):
-    """Return what each method did to text about one concept, at each budget."""
+    """Return what each method did to text about one concept, at one budget."""
     found = run["concepts"][name]
     measures = ("kl", "kl_p90", "perplexity", "entropy", "repetition")
     effects = [key for key in found["auc"] if key in found["cells"][0]]
-    several = len({cell["budget"] for cell in found["cells"] if cell["budget"]}) > 1
     rows = [
         (
-            *(("whole" if cell["budget"] is None else f"{cell['budget']:g}",) if several else ()),
             cell["method"] + (", undosed" if cell["budget"] is None else ""),
-            "by layer"
-            if isinstance(cell["amount"], (dict, list))
-            else ""
-            if cell["amount"] is None
-            else f"{cell['amount']:.6g}",
+            amount(cell["amount"]),
             *(signed(cell[effect], 3) for effect in effects),
             plain(cell["kl"], 3),
             *(f"{cell[measure][0]:.{digits}f}" for measure, digits in zip(measures[1:], (2, 1, 2, 3), strict=True)),
@@ -428,7 +450,29 @@ def budgeted(run, name):
         for cell in found["cells"]
     ]
     head = ("method", "amount", *effects, "KL", "KL, 90 %", "perplexity", "entropy", "repetition")
-    return table((*(("budget",) if several else ()), *head), rows)
+    return table(head, rows)
+
+
+def by_budget(run, name):
+    """Return each method's row: the first scorer's change at each budget with the KL that was spent, the second's, and perplexity."""
+    found = run["concepts"][name]
+    first, *others = [key for key in found["auc"] if key in found["cells"][0]]
+    budgets = list(dict.fromkeys(cell["budget"] for cell in found["cells"] if cell["budget"]))
+    arms = {}
+    for cell in found["cells"]:
+        place = -1 if cell["budget"] is None else budgets.index(cell["budget"])
+        method = cell["method"] + (", undosed" if cell["budget"] is None else "")
+        arms.setdefault(method, [None] * len(budgets))[place] = cell
+    rows = [
+        (
+            method,
+            *("" if cell is None else f"{signed(cell[first], 3)} at {cell['kl'][0]:.3f}" for cell in cells),
+            *(" / ".join(f"{cell[other][0]:+.2f}" for cell in cells if cell) for other in others),
+            " / ".join(f"{cell['perplexity'][0]:.0f}" for cell in cells if cell),
+        )
+        for method, cells in arms.items()
+    ]
+    return table(("method", *(f"{first}, {budget:g}" for budget in budgets), *others, "perplexity"), rows)
 
 
 # The papers' tables.
@@ -472,6 +516,10 @@ def gcav_tables(run):
             )
         head = ("", *keys, "perplexity", "KL", "layers", *(f"paper, {mode}" for mode in theirs))
         parts.append(f"{stem.capitalize()}:\n\n{table(head, rows)}")
+        between = methods.get("GCAV-Output", {}).get("against GCAV-Input")
+        if between:
+            changes = ", ".join(f"{key.replace('kl', 'KL')} {signed(between[key], 3)}" for key in (*keys, "kl"))
+            parts.append(f"Output less Input: {changes}, perplexity × {plain(between['perplexity'])}.")
     return "\n\n".join(parts)
 
 
@@ -495,7 +543,7 @@ def gcav_layers(run):
         rank, p = found["accuracy follows effect"]
         parts.append(
             table(("layers", "probe accuracy", *effects, "KL", "perplexity"), rows)
-            + f"\n\nRank correlation of accuracy and effect over the groups: {rank:.2f} (p = {p:.2f}). The rule's layers against the "
+            + f"\n\nRank correlation of accuracy and effect over the groups: {rank:.2f} (exact p = {p:.3f}). The rule's layers against the "
             f"best group, {found['best group']}: {signed(found['rule against best'], 3)}."
         )
     return "\n\n".join(parts)
@@ -583,6 +631,15 @@ def gapo_tables(run):
     ]
     head = ("", "positive", "even", "VADER", "perplexity", "KL", "cosine", "opposed", "paper: helpful, harmless, mean")
     return table(head, rows)
+
+
+def moved(run):
+    """Say how many changes of the objectives are beyond the noise, and at what KL."""
+    trained = [found for found in run["figures"].values() if found["steps that oppose an objective"] is not None]
+    changes = [found["against base"][key] for found in trained for key in ("positive", "even")]
+    beyond = sum(low > 0 or high < 0 for _, low, high in changes)
+    kls = [found["ours"]["kl"][0] for found in trained]
+    return f"{beyond} of {len(changes)} changes are beyond the noise, at KL of {min(kls):.2f} to {max(kls):.2f}"
 
 
 def fronts(run):

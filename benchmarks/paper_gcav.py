@@ -26,7 +26,7 @@ from common import arguments, header, quiet, save, table
 from concept_data import EVERY, negative_reviews, toxicity_prompts
 from openings import DEVELOPMENT, EVIDENCE
 from papers import Arms, percent, sized, spread
-from scipy.stats import pearsonr, spearmanr
+from scipy.stats import pearsonr, permutation_test, spearmanr
 
 from steerkit import Concept, Controller, record
 from steerkit.evaluation.run import measured
@@ -240,6 +240,10 @@ def show_tables(run, fitted, figures):
             theirs = {mode: values[place] if place < len(values) else None for mode, values in published.items()}
             dose = run.notes.get(f"{fitted.name}, {fitted.mode}: {method}, dose", {})
             figures[arm] = {"ours": found, "against base": change, "paper": theirs, "layers": dose.get("choice")}
+            if method == "GCAV-Output" and f"{stem}: GCAV-Input" in report.arms:
+                figures[arm]["against GCAV-Input"] = {
+                    key: report.difference(key, arm, f"{stem}: GCAV-Input") for key in keys
+                }
             rows.append(
                 (
                     method, str(found[shown]), "" if method == "base" else str(change[shown]),
@@ -256,6 +260,8 @@ def show_tables(run, fitted, figures):
         head = ["", shown, "against base", "change", "perplexity", "KL", "layers"]
         head += [f"paper, {mode}" for mode in published] + [f"change, {mode}" for mode in published]
         table([(*row, *[""] * (len(head) - len(row))) for row in rows], head)
+        between = figures.get(f"{stem}: GCAV-Output", {}).get("against GCAV-Input", {})
+        print("Output against Input:", ", ".join(f"{key} {change}" for key, change in between.items()), "\n")
 
 
 def layers(run, fitted, figures):
@@ -292,7 +298,13 @@ def layers(run, fitted, figures):
     only = [found[label] for label in groups_of(concept)]
     effects = [way * each["effect"][goal].value for each in only]
     # Effects that are all alike have no order.
-    follows = [float(v) for v in spearmanr([e["accuracy"] for e in only], effects)] if np.ptp(effects) else [0.0, 1.0]
+    follows = [0.0, 1.0]
+    if np.ptp(effects):
+        exact = permutation_test(
+            ([e["accuracy"] for e in only],), lambda order: spearmanr(order, effects).statistic, permutation_type="pairings",
+            n_resamples=np.inf if len(only) < 8 else 20000, rng=run.given.seed,
+        )  # fmt: skip
+        follows = [float(exact.statistic), float(exact.pvalue)]
     best = list(groups_of(concept))[int(np.argmax(effects))]
     gap = report.difference(goal, f"{stem}: rule", f"{stem}: {best}")
     print(f"rank correlation of accuracy and effect over groups {follows[0]:.2f} (p = {follows[1]:.2f})")
