@@ -8,7 +8,7 @@ from pathlib import Path
 
 import evidence_tables as made
 import numpy as np
-from evidence_tables import how, plain
+from evidence_tables import how, plain, signed
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -186,6 +186,17 @@ def main():
         "gapo_slow_how": load("paper_gapo_slow")["command"],
         "gapo_differs": made.differs(policies),
         "gapo_paper_how": how(policies),
+    }
+    pattern = {c["concept"]: c["difference"] for c in primary["contrasts"] if c["contrast"].startswith("pattern")}
+    two = bandit["2 objectives"]
+    values |= {
+        **{f"{name}_pattern": signed(change, 3) for name, change in pattern.items()},
+        "rule_layers": signed(gcav["figures"]["sentiment, base, layers"]["rule against best"], 3),
+        "bandit_powers": ", ".join(
+            f"{two[name]['worst'][0]:.2f}" for name in ("GAPO p = 1", "GAPO p = 2", "MGDA (p = 0)")
+        ),
+        "bandit_stretched": f"{100 * two['GAPO p = 1, length of linear']['objective gets worse']:.0f} % of bandits",
+        "scope_cosine": f"{load('gapo_scope')['powers']['p = 1']['cosine of updates'][0]:.3f}",
     }
     for name, value in values.items():
         page = page.replace("{{" + name + "}}", str(value))
