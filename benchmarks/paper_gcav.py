@@ -1,7 +1,7 @@
 """GCAV's tables and figures on a small model, beside what the paper prints (arXiv:2501.05764).
 
-    python benchmarks/paper_gcav.py --quick --json gcav.json        (20 to 30 minutes of one core)
-    python benchmarks/paper_gcav.py --full --json gcav.json         (hours; what is finished is kept beside the JSON file)
+    python benchmarks/paper_gcav.py --quick --threads 2 --json gcav.json        (20 minutes of two cores)
+    python benchmarks/paper_gcav.py --full --threads 2 --json gcav.json         (hours; what is finished is kept beside the JSON file)
 
 Tables 1 to 3: toxicity taken away after toxic and after random prompts, sentiment made positive after negative reviews; topic
 and formality raised, which the paper shows in figures only. Figure 2: three concepts at once, one bound swept. Figure 3: layers

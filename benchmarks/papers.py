@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from directions import Run
 
-from steerkit import Controller, Report, evaluate
+from steerkit import Report
 from steerkit.errors import CalibrationError
 from steerkit.evaluation import calibrate
 from steerkit.evaluation.report import Arm, Estimate
@@ -78,19 +78,13 @@ class Arms(Run):
                     found = calibrate(
                         self.model, self.tokenizer, development, intervention, budget=self.given.budget, samples=2, between=between,
                         trials=self.given.trials, max_new_tokens=self.given.tokens, batch_size=64, seed=self.given.seed + 1,
+                        scorer=next(iter(scorers.values())),
                     )  # fmt: skip
                 except CalibrationError as error:
                     print(f"{name}, {label}: {error}")
                     continue
-                score = 0.0
-                if len(choices) > 1:
-                    with Controller(self.model, [replace(intervention, amount=found.amount)]):
-                        report = evaluate(
-                            self.model, self.tokenizer, development, scorers=scorers, samples=2, neutral=(), task=(),
-                            max_new_tokens=self.given.tokens, batch_size=64, seed=self.given.seed + 1,
-                        )  # fmt: skip
-                    score = report["steered"][next(iter(scorers))].value
-                tried[label] = {"amount": found.amount, "kl": found.chosen.kl.value, "score": score}
+                chosen = found.chosen
+                tried[label] = {"amount": found.amount, "kl": chosen.kl.value, "score": chosen.score.value}
             best = max(tried, key=lambda label: way * tried[label]["score"], default=None)
             self.keep(name, choice=best, tried=tried, dose_s=time.process_time() - started)
         note = self.notes[name]

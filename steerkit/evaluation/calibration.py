@@ -118,7 +118,8 @@ def calibrate(
         prompts: strings or conversations.
         intervention: an addition, a constraint or a preference vector. Its own amount gives the sign, and by layer the
             proportions, which are kept.
-        scorer: a function `(prompts, completions) -> scores`, or a concept, whose probe then reads the text; with `target`.
+        scorer: a function `(prompts, completions) -> scores`, or a concept, whose probe then reads the text; with a
+            budget it decides nothing and is told in the curve.
         target: the mean score to reach.
         budget: the largest mean KL a token from the unsteered model, in nats.
         between: least and largest amount to try, of one sign (by layer: of the largest); by default up to half the residual
@@ -167,7 +168,7 @@ def calibrate(
 
 
 def _check_goal(scorer: Any, target: float | None, budget: float | None, trials: int) -> None:
-    if (target is None) == (budget is None) or (target is not None) != (scorer is not None):
+    if (target is None) == (budget is None) or (target is not None and scorer is None):
         raise AmountError(
             "One goal is required: a `target` with its `scorer`, or a `budget`. Found "
             f"target={target}, budget={budget}, scorer={'none' if scorer is None else 'one'}."

@@ -122,6 +122,20 @@ def test_a_budget_that_the_largest_amount_leaves_unspent_warns(model: Any, token
     assert found.chosen is found.curve[-1]
 
 
+def test_a_scorer_beside_a_budget_is_told_and_decides_nothing(model: Any, tokenizer: Any) -> None:
+    found, plain = (
+        calibrate(model, tokenizer, PROMPTS, push(model), budget=0.3, between=(0.0, 40.0), **more, **FEW)
+        for more in ({"scorer": share}, {})
+    )
+    assert found.amount == plain.amount
+    assert [dose.kl for dose in found.curve] == [dose.kl for dose in plain.curve]
+    assert plain.chosen.score is None
+    with Controller(model, [push(model, found.amount)]):
+        report = evaluate(model, tokenizer, PROMPTS, scorers={"share": share}, neutral=(), task=(), **FEW)
+    assert found.chosen.score == report["steered"]["share"]
+    assert "| score |" in found.table()
+
+
 def test_a_budget_met_at_once_does_not_warn(model: Any, tokenizer: Any, recwarn: Any) -> None:
     """A quarter of the range spends 98 % of the budget: nothing is unspent, and more is not asked for."""
     arm = again(model, tokenizer, edit(model, "addition"), 1.5)
@@ -378,7 +392,7 @@ EARLY: dict[str, tuple[type[SteerkitError], dict[str, Any]]] = {
     "several": (AmountError, {"intervention": [random_addition()]}),
     "no goal": (AmountError, {"budget": None}),
     "both goals": (AmountError, {"target": 0.5, "scorer": share}),
-    "a scorer without target": (AmountError, {"scorer": share}),
+    "a scorer without a goal": (AmountError, {"budget": None, "scorer": share}),
     "a target without scorer": (AmountError, {"budget": None, "target": 0.5}),
     "NaN budget": (AmountError, {"budget": math.nan}),
     "infinite budget": (AmountError, {"budget": math.inf}),
