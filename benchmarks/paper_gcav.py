@@ -1,6 +1,6 @@
 """GCAV's tables and figures on a small model, beside what the paper prints (arXiv:2501.05764).
 
-    python benchmarks/paper_gcav.py --quick --threads 2 --json gcav.json        (18 minutes of two cores, 27 of one)
+    python benchmarks/paper_gcav.py --quick --threads 2 --json gcav.json        (18 minutes of two cores)
     python benchmarks/paper_gcav.py --full --threads 2 --json gcav.json         (hours; what is finished is kept beside the JSON file)
 
 Tables 1 to 3: toxicity taken away after toxic and after random prompts, sentiment made positive after negative reviews; topic
