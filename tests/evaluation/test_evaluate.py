@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import (
     DEPTH,
+    SPECIAL,
     VOCABULARY,
     random_addition,
     random_constraint,
@@ -23,6 +24,7 @@ from tiny import (
     random_vector,
     tiny_model,
     tiny_tokenizer,
+    tokenizer_of,
 )
 from torch import Tensor, nn
 
@@ -263,15 +265,12 @@ def test_a_condition_reads_the_whole_of_a_neutral_text(warm: Concept, model: Any
 
 def test_a_completion_keeps_the_space_that_it_begins_with(model: Any) -> None:
     """Decoders of Llama 2 and Mistral strip it from what they take for the start of a text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import decoders, pre_tokenizers
 
-    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"\u2581w{i}" for i in range(VOCABULARY - 4))]
-    raw = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-    raw.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
+    words = (f"\u2581w{i}" for i in range(VOCABULARY - len(SPECIAL)))
+    tokenizer = tokenizer_of(words, pre_tokenizers.Metaspace(prepend_scheme="first"))
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     written = Written(model)
     report = evaluate(model, tokenizer, PROMPTS, **BARE)
@@ -888,6 +887,7 @@ EARLY: dict[str, tuple[type[Exception], dict[str, Any]]] = {
     "negative samples": (AmountError, {"samples": -1}),
     "no rows": (AmountError, {"batch_size": 0}),
     "negative temperature": (AmountError, {"temperature": -0.5}),
+    "a word for a temperature": (AmountError, {"temperature": "1"}),
     "NaN temperature": (AmountError, {"temperature": math.nan}),
     "infinite temperature": (AmountError, {"temperature": math.inf}),
     "several greedy samples": (AmountError, {"temperature": 0.0, "samples": 2}),
@@ -994,6 +994,8 @@ SCORES: dict[str, Any] = {
     "too many": lambda p, c: [0.0] * (len(c) + 1),
     "none": lambda p, c: [],
     "one number": lambda p, c: 0.5,
+    "a set": lambda p, c: set(map(float, range(len(c)))),
+    "scores by place": lambda p, c: dict(enumerate([0.0] * len(c))),
     "None": lambda p, c: None,
     "NaN": lambda p, c: [0.0, math.nan, 0.0, 0.0],
     "inf": lambda p, c: [0.0, math.inf, 0.0, 0.0],
